@@ -1,0 +1,436 @@
+"""The one configuration of a run: frozen, typed, every field with its unit and what None means.
+
+`pipeline.config_file` reads it from YAML and `key=value` overrides. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are refused; values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BaseSettings(Section):
+    """The one base model that every adapter sits on."""
+
+    model: str
+    """A folder, a hub id, a GGUF file, or `package:NAME/FILE` for a file inside an installed package."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub. None is the default branch."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """How the base's linear layers are stored."""
+    double_quantization: bool = True
+    """For nf4: quantize the quantization constants too (saves about 0.4 bits a parameter)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the base computes in. `auto`: bfloat16 where the device has fast arithmetic for it, else float32."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention kernel; `auto` is transformers' own choice."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template. None keeps the tokenizer's own."""
+    cache_dir: str = "~/.cache/trivet"
+    """Where a GGUF file's conversion is kept."""
+    trust_remote_code: bool = False
+    """Run code that comes with a hub model. Leave it off for models that you have not read."""
+
+
+class LoraSettings(Section):
+    """The low-rank adapters (Hu et al. 2021). All roles have the same shape."""
+
+    rank: int = Field(16, ge=1)
+    """Rank r of the update."""
+    alpha: float = Field(32.0, gt=0)
+    """Numerator of the scale alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input in SFT and reward training; PPO always runs without."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names that get an adapter; `all-linear` is every linear layer but the output head."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(r) instead (Kalajdzievski 2023)."""
+
+
+class DataSource(Section):
+    """One place that rows come from."""
+
+    path: str
+    """A JSON, JSONL, CSV or Parquet file, `FILE.py:FUNCTION`, or a data set's hub id."""
+    weight: float | None = Field(None, gt=0)
+    """Share of this source in the mix, relative to the others. None on all sources: take every row."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many rows, chosen by a hash of their content. None: all."""
+    split: str = "train"
+    """Split of a hub data set."""
+    subset: str | None = None
+    """Configuration name of a hub data set. None: its default."""
+
+
+class DataSet(Section):
+    """Sources of one kind of record, and what is held out of training."""
+
+    sources: tuple[DataSource, ...] = ()
+    """Where the rows come from. A plain string stands for `{path: ...}`."""
+    held_out: float | tuple[DataSource, ...] = 0.1
+    """A fraction of the prompts (by a hash, so that it is the same everywhere), or sources of their own."""
+    split_by: Literal["prompt", "row"] = "prompt"
+    """What may not stand on both sides of the split. `row` is for data with one constant prompt."""
+
+    @field_validator("sources", "held_out", mode="before")
+    @classmethod
+    def _plain_strings_are_paths(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                value = [value]
+        if isinstance(value, dict):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            return tuple({"path": item} if isinstance(item, str) else item for item in value)
+        return value
+
+    @field_validator("held_out")
+    @classmethod
+    def _fraction_is_a_fraction(cls, value: Any) -> Any:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("a held-out fraction lies between 0 and 1")
+        return value
+
+
+class DataSettings(Section):
+    """The three kinds of data."""
+
+    instructions: DataSet = DataSet()
+    """For SFT: `messages`, `prompt`/`completion`, Alpaca or ShareGPT rows."""
+    preferences: DataSet = DataSet()
+    """For the reward model: `prompt`/`chosen`/`rejected`, or transcripts with an implicit prompt."""
+    prompts: DataSet = DataSet()
+    """For PPO and evaluation: `prompt` (text or messages) or `messages`. Other columns go to reward functions."""
+    allow_special_tokens: bool = False
+    """Keep rows whose text spells a special token (it could forge a turn). False drops and reports them."""
+
+
+class TrainerSettings(Section):
+    """What SFT and reward training share. Batches are global: they do not depend on the number of processes."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps at the most; overrides `epochs`. None: as many as the epochs need."""
+    batch_size: int = Field(16, ge=1)
+    """Rows (or pairs, or packed sequences) per optimizer step, over all processes."""
+    microbatch_size: int = Field(4, ge=1)
+    """Rows per forward pass and process; lower it when memory runs out."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    optimizer: str = "auto"
+    """A name that transformers knows. `auto`: paged 8-bit AdamW on CUDA, AdamW elsewhere."""
+    max_length: int = Field(1024, ge=8)
+    """Tokens in a sequence at the most; longer rows are dropped and reported."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    log_every: int = Field(5, ge=1)
+    """Steps between two lines of metrics."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between two checkpoints to resume from."""
+    keep_last: int = Field(2, ge=1)
+    """How many checkpoints are kept."""
+    trl: dict[str, Any] = Field(default_factory=dict)
+    """Any further option of TRL's own trainer config; a name it does not know, or that trivet sets, is refused."""
+
+
+class SftSettings(TrainerSettings):
+    """Supervised fine-tuning on instructions (stage 1)."""
+
+    packing: bool = False
+    """Put several rows into one sequence of `max_length` tokens without letting them see each other."""
+
+
+class RewardSettings(TrainerSettings):
+    """The reward model on preference pairs (stage 2)."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    start_from: Literal["sft", "base"] = "sft"
+    """Whose adapter the reward model starts as: a copy of the SFT adapter, or a fresh one."""
+    calibration_prompts: int = Field(64, ge=8)
+    """Prompts whose SFT answers fix the gain and bias that give scores mean 0 and variance 1."""
+
+
+class KLSettings(Section):
+    """What leaving the reference costs."""
+
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive` steers the coefficient towards `target` (Ziegler et al. 2019)."""
+    coefficient: float = Field(0.05, ge=0)
+    """beta: reward lost per nat of KL; the initial value if adaptive."""
+    target: float = Field(6.0, gt=0)
+    """For `adaptive`: KL per response to aim for, in nats."""
+    horizon: int = Field(10_000, ge=1)
+    """For `adaptive`: samples over which the coefficient reacts."""
+
+
+class RewardSource(Section):
+    """One term of the reward."""
+
+    function: str | None = None
+    """`FILE.py:FUNCTION`, called with lists `prompts`, `completions` and the prompt rows' other columns.
+    None: the reward adapter."""
+    weight: float = 1.0
+    """Factor of this term in the sum."""
+
+    @property
+    def name(self) -> str:
+        """What metrics call this term: `model`, or the function's name."""
+        return "model" if self.function is None else self.function.rpartition(":")[2]
+
+
+class PPOSettings(Section):
+    """Proximal policy optimization (stage 3; Schulman et al. 2017, Ouyang et al. 2022)."""
+
+    iterations: int = Field(100, ge=1)
+    """Rounds of sampling and updating."""
+    max_steps: int | None = Field(None, ge=1)
+    """Iterations after which this run stops early (for trying things out). None: all."""
+    prompts_per_iteration: int = Field(64, ge=1)
+    """Prompts sampled in a round, over all processes."""
+    responses_per_prompt: int = Field(1, ge=1)
+    """Answers sampled for each prompt."""
+    minibatch_size: int = Field(16, ge=1)
+    """Responses per optimizer step, over all processes."""
+    epochs: int = Field(2, ge=1)
+    """Passes over a round's responses."""
+    microbatch_tokens: int = Field(4096, ge=16)
+    """Tokens (padding included) in one forward pass of a process; lower it when memory runs out."""
+    generation_batch_size: int = Field(64, ge=1)
+    """Responses that a process samples at once."""
+    max_prompt_tokens: int = Field(512, ge=1)
+    """Longer prompts are dropped and reported."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Tokens after which sampling stops."""
+    temperature: float = Field(1.0, gt=0)
+    """Logits are divided by it in sampling and in every log-probability."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling. Anything but 1 biases the KL estimate: see `allow_biased_sampling`."""
+    top_k: int = Field(0, ge=0)
+    """Sample among the k likeliest tokens only; 0 is off. Anything but 0 biases the KL estimate."""
+    allow_biased_sampling: bool = False
+    """Accept `top_p` and `top_k` all the same."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate of the policy."""
+    critic_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the critic. None: the policy's."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How both learning rates fall over the iterations."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's two moments."""
+    adam_epsilon: float = Field(1e-5, gt=0)
+    """Added to Adam's denominator."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of each role are scaled down to this global norm."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount of rewards, per token."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """Decay of generalized advantage estimation (Schulman et al. 2016)."""
+    clip_range: float = Field(0.2, gt=0)
+    """How far the probability ratio may move within a round."""
+    value_clip_range: float | None = Field(0.2, gt=0)
+    """How far values may move within a round. None: values are not clipped."""
+    value_loss_coefficient: float = Field(0.5, gt=0)
+    """Factor of the value loss where critic and policy share a trunk (`critic: head`)."""
+    whiten_rewards: bool = False
+    """Scale each round's rewards to variance 1 (the mean stays)."""
+    whiten_advantages: bool = True
+    """Scale and shift each round's advantages to mean 0 and variance 1."""
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    """Subtracted from the score of a response that does not end by itself."""
+    score_clip: float | None = Field(5.0, gt=0)
+    """Scores are limited to plus or minus this. None: no limit."""
+    rewards: tuple[RewardSource, ...] = (RewardSource(),)
+    """The terms that a response's score is the weighted sum of."""
+    kl: KLSettings = KLSettings()
+    """The price of leaving the reference."""
+    critic: Literal["adapter", "head"] = "adapter"
+    """Where values come from: an adapter of its own that starts as the reward adapter, or a head on the policy."""
+    critic_warmup_iterations: int = Field(0, ge=0)
+    """First rounds in which only the critic learns."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    ratio_tolerance: float | None = Field(None, gt=0)
+    """How far from 1 the ratio may be before the first update. None: 1e-4 in float32, 0.05 in 16 bits."""
+    checkpoint_every: int = Field(5, ge=1)
+    """Iterations between two checkpoints to resume from."""
+    keep_last: int = Field(2, ge=1)
+    """How many checkpoints are kept."""
+
+
+class EvaluateSettings(Section):
+    """The judgement of the policy against SFT on held-out prompts (stage 4)."""
+
+    prompts: int = Field(128, ge=2)
+    """How many held-out prompts are answered, at the most."""
+    batch_size: int = Field(64, ge=1)
+    """Responses sampled at once."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Tokens after which sampling stops. None: `ppo.max_new_tokens`."""
+    temperature: float | None = Field(None, gt=0)
+    """Sampling temperature of both policies. None: `ppo.temperature`."""
+    gold: str | None = None
+    """`FILE.py:FUNCTION`, a measure that training never sees, called like a reward function. None: none."""
+    samples: int = Field(8, ge=0)
+    """Side-by-side answers that are shown."""
+
+
+class LaunchSettings(Section):
+    """How `accelerate launch` starts a stage."""
+
+    processes: int = Field(1, ge=1)
+    """Processes on this machine, one a GPU."""
+    accelerate_config: str | None = None
+    """An Accelerate YAML file of your own, which then decides everything. None: made from this section."""
+
+
+class PipelineConfig(Section):
+    """Everything a run needs to know."""
+
+    run_dir: str
+    """Folder of the run, relative to the working directory. Stages find each other's results there."""
+    seed: int = Field(0, ge=0)
+    """Every random draw follows from it."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels: the same machine gives the same bytes."""
+    base: BaseSettings
+    lora: LoraSettings = LoraSettings()
+    data: DataSettings = DataSettings()
+    sft: SftSettings = SftSettings()
+    reward: RewardSettings = RewardSettings()
+    ppo: PPOSettings = PPOSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    launch: LaunchSettings = LaunchSettings()
+
+    @property
+    def evaluation_max_new_tokens(self) -> int:
+        """Tokens per answer in the evaluation."""
+        return self.evaluate.max_new_tokens or self.ppo.max_new_tokens
+
+    @property
+    def evaluation_temperature(self) -> float:
+        """Sampling temperature of the evaluation."""
+        return self.evaluate.temperature or self.ppo.temperature
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether any term of PPO's reward is the reward adapter."""
+        return any(source.function is None for source in self.ppo.rewards)
+
+    def accumulation_steps(self, stage: Literal["sft", "reward"]) -> int:
+        """Forward passes per process and optimizer step; exact, since `contradictions` saw to it."""
+        section: TrainerSettings = getattr(self, stage)
+        return section.batch_size // (section.microbatch_size * self.launch.processes)
+
+    @property
+    def responses_per_iteration(self) -> int:
+        """Responses sampled in a PPO round, over all processes."""
+        return self.ppo.prompts_per_iteration * self.ppo.responses_per_prompt
+
+    @property
+    def minibatches_per_epoch(self) -> int:
+        """Optimizer steps in one pass over a PPO round's responses."""
+        return self.responses_per_iteration // self.ppo.minibatch_size
+
+    def arithmetic(self) -> list[str]:
+        """The derived batch sizes, a sentence a stage."""
+        sentences = []
+        for stage in ("sft", "reward"):
+            section: TrainerSettings = getattr(self, stage)
+            rows = "rows" if stage == "sft" else "pairs"
+            sentences.append(
+                f"{stage}: a step takes {section.batch_size} {rows} = {self.launch.processes} process(es)"
+                f" x {section.microbatch_size} at once x {self.accumulation_steps(stage)} accumulation step(s)."
+            )
+        ppo = self.ppo
+        sentences.append(
+            f"ppo: a round samples {self.responses_per_iteration} responses = {ppo.prompts_per_iteration} prompts"
+            f" x {ppo.responses_per_prompt}, then makes {ppo.epochs * self.minibatches_per_epoch} steps"
+            f" = {ppo.epochs} epoch(s) x {self.minibatches_per_epoch} minibatch(es) of {ppo.minibatch_size};"
+            f" {ppo.iterations} rounds see {ppo.iterations * ppo.prompts_per_iteration} prompts."
+        )
+        sentences.append(
+            f"evaluate: up to {self.evaluate.prompts} held-out prompts, answered by the SFT and the PPO policy,"
+            f" at most {self.evaluation_max_new_tokens} tokens each at temperature {self.evaluation_temperature:g}."
+        )
+        return sentences
+
+    def contradictions(self) -> Iterator[str]:
+        """Settings that do not go together: what was found, what was expected, which key to change."""
+        processes = self.launch.processes
+        for stage in ("sft", "reward"):
+            section: TrainerSettings = getattr(self, stage)
+            step = section.microbatch_size * processes
+            if section.batch_size % step:
+                yield (
+                    f"{stage}.batch_size is {section.batch_size}, which is not a multiple of"
+                    f" {stage}.microbatch_size x launch.processes = {section.microbatch_size} x {processes} = {step};"
+                    f" set {stage}.batch_size={-(-section.batch_size // step) * step}"
+                )
+        ppo = self.ppo
+        if ppo.prompts_per_iteration % processes:
+            yield (
+                f"ppo.prompts_per_iteration is {ppo.prompts_per_iteration}, which {processes} processes cannot"
+                f" share evenly; set it to a multiple of launch.processes"
+            )
+        if self.responses_per_iteration % ppo.minibatch_size:
+            yield (
+                f"ppo.minibatch_size is {ppo.minibatch_size}, which does not divide the"
+                f" {self.responses_per_iteration} responses of a round"
+                f" (ppo.prompts_per_iteration x ppo.responses_per_prompt); choose a divisor of it"
+            )
+        if ppo.minibatch_size % processes:
+            yield (
+                f"ppo.minibatch_size is {ppo.minibatch_size}, which {processes} processes cannot share evenly;"
+                f" set it to a multiple of launch.processes"
+            )
+        if (ppo.top_p != 1.0 or ppo.top_k != 0) and not ppo.allow_biased_sampling:
+            yield (
+                f"ppo.top_p={ppo.top_p:g}, ppo.top_k={ppo.top_k} filter the samples, which biases the KL estimate;"
+                " set ppo.top_p=1 and ppo.top_k=0, or ppo.allow_biased_sampling=true to accept that"
+            )
+        if not ppo.rewards:
+            yield "ppo.rewards is empty: there is nothing to maximize; name a source, for example [{weight: 1.0}]"
+        names = [source.name for source in ppo.rewards]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"ppo.rewards names the source '{name}' {names.count(name)} times; give one entry the sum of weights"
+        if any(source.weight == 0 for source in ppo.rewards):
+            yield "ppo.rewards has a source with weight 0; remove the entry, or give it a weight"
+        if ppo.kl.controller == "adaptive" and ppo.kl.coefficient == 0:
+            yield "ppo.kl.coefficient is 0, which the adaptive controller can never change; set a positive start value"
+        if ppo.critic_warmup_iterations >= ppo.iterations:
+            yield (
+                f"ppo.critic_warmup_iterations is {ppo.critic_warmup_iterations}, so that the policy would never learn"
+                f" in {ppo.iterations} iterations; lower it or raise ppo.iterations"
+            )
+        if self.base.quantization != "nf4" and "double_quantization" in self.base.model_fields_set:
+            yield (
+                f"base.double_quantization is set, but base.quantization is '{self.base.quantization}';"
+                " remove it, or set base.quantization=nf4"
+            )
+        if self.launch.accelerate_config is not None and processes != 1:
+            yield "launch.processes and launch.accelerate_config are both set; the file's num_processes decides, so remove launch.processes"
+        for kind in ("instructions", "preferences", "prompts"):
+            sources = getattr(self.data, kind).sources
+            weighted = [source.weight is not None for source in sources]
+            if any(weighted) and not all(weighted):
+                yield f"data.{kind}.sources: some have a weight and some have none; give all of them one, or none"

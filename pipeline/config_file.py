@@ -1,0 +1,293 @@
+"""Reads a PipelineConfig from a YAML file and `key=value` overrides, and remembers where each value came from.
+
+All faults are reported at once, before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import DataSource, PipelineConfig, RewardSource
+from pipeline.errors import ConfigError
+
+ValueOrigin = Literal["default", "file", "override"]
+_NO_PATH_PREFIXES = ("package:",)
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked config and its history.
+
+    `origins` maps each dotted key that a user can set to where its value came from.
+    """
+
+    config: PipelineConfig
+    path: Path
+    overrides: tuple[str, ...]
+    origins: Mapping[str, ValueOrigin]
+
+    def lines(self) -> Iterator[str]:
+        """The resolved config as `key: value  (origin)`, a line a value."""
+        inherited = {
+            "evaluate.max_new_tokens": ("ppo.max_new_tokens", self.config.evaluation_max_new_tokens),
+            "evaluate.temperature": ("ppo.temperature", self.config.evaluation_temperature),
+            "ppo.critic_learning_rate": ("ppo.learning_rate", self.config.ppo.learning_rate),
+        }
+        flat = dict(flatten(self.config.model_dump(mode="json")))
+        width = max(len(key) for key in flat)
+        for key, value in flat.items():
+            origin: str = self.origins.get(key, "default")
+            if value is None and key in inherited:
+                parent, value = inherited[key]
+                origin = f"inherited from {parent}"
+            yield f"{key:<{width}}  {json.dumps(value):<28}  {origin}"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read and check a config.
+
+    Args:
+        path: a YAML file. Relative paths of data, functions, templates and local bases inside it are
+            relative to its folder; `run_dir` is relative to the working directory.
+        overrides: `key=value` with a dotted key; the value is read as YAML.
+
+    Raises:
+        ConfigError: with every fault that was found, each with its key and what to do.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    from_file = {key for key, _ in flatten(tree)}
+    from_overrides = _apply_overrides(tree, overrides)
+    try:
+        config = PipelineConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error)), where=str(path)) from None
+    faults = list(config.contradictions())
+    if faults:
+        raise ConfigError(_numbered(faults), where=str(path))
+    config = _resolve_paths(config, path.resolve().parent)
+    origins: dict[str, ValueOrigin] = {}
+    for key, _ in flatten(config.model_dump(mode="json")):
+        if _covers(from_overrides, key):
+            origins[key] = "override"
+        elif _covers(from_file, key):
+            origins[key] = "file"
+        else:
+            origins[key] = "default"
+    return LoadedConfig(config, path, tuple(overrides), origins)
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested mapping as dotted keys. Lists and empty mappings are leaves."""
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def _covers(keys: set[str], key: str) -> bool:
+    return key in keys or any(known.startswith(f"{key}.") or key.startswith(f"{known}.") for known in keys)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, of which PyYAML would silently take the last."""
+
+
+def _mapping_without_duplicates(
+    loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False
+) -> dict[Hashable, Any]:
+    seen: dict[Hashable, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        line = key_node.start_mark.line + 1
+        if isinstance(key, Hashable) and key in seen:
+            raise ConfigError(
+                f"the key '{key}' stands in line {seen[key]} and again in line {line}",
+                where=str(getattr(loader, "name", "config")),
+                remedy="Keep one of them.",
+            )
+        seen[key] = line
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(
+            f"cannot read the config: {reason}",
+            where=str(path),
+            remedy="Give the path of a YAML file, such as configs/quickstart.yaml.",
+        ) from None
+    try:
+        loader = _StrictLoader(text)
+        loader.name = str(path)
+        try:
+            tree = loader.get_single_data()
+        finally:
+            loader.dispose()  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(
+            "the file does not hold a mapping of settings",
+            where=str(path),
+            remedy="Start from configs/quickstart.yaml.",
+        )
+    return tree
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[str]:
+    """Put the overrides into the tree; returns their keys."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(
+                f"'{override}' is not an override", remedy="Write key=value, for example ppo.kl.coefficient=0.1."
+            )
+        if seen.get(key, text) != text:
+            raise ConfigError(
+                f"the override {key} is given twice, as '{seen[key]}' and as '{text}'", remedy="Keep one of them."
+            )
+        seen[key] = text
+        try:
+            value = yaml.load(text, _StrictLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of the override '{override}' is not valid YAML: {error}") from None
+        *parents, last = key.split(".")
+        node = tree
+        for depth, parent in enumerate(parents):
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise ConfigError(
+                    f"the override {key} goes into {'.'.join(parents[: depth + 1])}, which holds a single value",
+                    remedy=f"Override {'.'.join(parents[: depth + 1])} as a whole.",
+                )
+        node[last] = value
+    return set(seen)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    faults = []
+    for detail in error.errors():
+        place = ".".join(
+            str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tuple[", "literal["))
+        )
+        if detail["type"] == "extra_forbidden":
+            *parents, name = detail["loc"]
+            section = _section_at(parents)
+            known = sorted(section.model_fields) if section else []
+            nearest = difflib.get_close_matches(str(name), known, n=1)
+            advice = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(known)}"
+            faults.append(f"unknown key '{place}'; {advice}")
+        elif detail["type"] == "missing":
+            faults.append(f"the key '{place}' is missing; it has no default")
+        else:
+            got = "" if isinstance(detail["input"], (dict, list)) else f" (got {detail['input']!r})"
+            faults.append(f"{place}: {detail['msg'][0].lower()}{detail['msg'][1:]}{got}")
+    return [_numbered(faults)]
+
+
+def _numbered(faults: list[str]) -> str:
+    if len(faults) == 1:
+        return faults[0]
+    return f"{len(faults)} faults:\n" + "\n".join(f"  {n}. {fault}" for n, fault in enumerate(faults, 1))
+
+
+def _section_at(location: Sequence[str | int]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = PipelineConfig
+    for part in location:
+        if isinstance(part, int) or section is None:
+            continue
+        field = section.model_fields.get(str(part))
+        section = _section_in(field.annotation) if field else section
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
+        return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
+    return None
+
+
+def _resolve_paths(config: PipelineConfig, folder: Path) -> PipelineConfig:
+    """Make the config's relative input paths absolute, so that every process finds the same files."""
+
+    def resolve(text: str) -> str:
+        expanded = Path(text).expanduser()
+        return str(expanded if expanded.is_absolute() else (folder / expanded).resolve())
+
+    def base_model(text: str) -> str:
+        looks_local = text.startswith((".", "/", "~")) or text.endswith(".gguf") or (folder / text).exists()
+        return resolve(text) if looks_local and not text.startswith(_NO_PATH_PREFIXES) else text
+
+    def source(item: DataSource) -> DataSource:
+        return item.model_copy(update={"path": resolve(item.path)}) if is_local_source(item.path, folder) else item
+
+    def function(text: str | None) -> str | None:
+        if text is None:
+            return None
+        file, colon, name = text.rpartition(":")
+        return f"{resolve(file)}:{name}" if colon else text
+
+    data = {}
+    for kind in ("instructions", "preferences", "prompts"):
+        data_set = getattr(config.data, kind)
+        held_out = data_set.held_out
+        if not isinstance(held_out, float):
+            held_out = tuple(source(item) for item in held_out)
+        data[kind] = data_set.model_copy(
+            update={"sources": tuple(source(item) for item in data_set.sources), "held_out": held_out}
+        )
+    rewards = tuple(RewardSource(function=function(item.function), weight=item.weight) for item in config.ppo.rewards)
+    return config.model_copy(
+        update={
+            "base": config.base.model_copy(
+                update={
+                    "model": base_model(config.base.model),
+                    "chat_template": config.base.chat_template and resolve(config.base.chat_template),
+                    "cache_dir": str(Path(config.base.cache_dir).expanduser()),
+                }
+            ),
+            "data": config.data.model_copy(update=data),
+            "ppo": config.ppo.model_copy(update={"rewards": rewards}),
+            "evaluate": config.evaluate.model_copy(update={"gold": function(config.evaluate.gold)}),
+            "launch": config.launch.model_copy(
+                update={
+                    "accelerate_config": config.launch.accelerate_config and resolve(config.launch.accelerate_config)
+                }
+            ),
+        }
+    )
+
+
+def is_local_source(path: str, folder: Path = Path()) -> bool:
+    """Whether a data source's path names a file or function on this machine rather than a hub data set."""
+    file = path.rpartition(":")[0] if ".py:" in path else path
+    local_suffixes = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".py")
+    return file.startswith((".", "/", "~")) or file.endswith(local_suffixes) or (folder / file).exists()

@@ -1,0 +1,1 @@
+"""The verbs of trivet: one algorithm each, runnable alone under `accelerate launch`."""
