@@ -1,0 +1,176 @@
+"""The manifest of a finished stage, `trivet.json`: written once, verified on every load.
+
+It says what the stage was made from (base, tokenizer, template, parents, data, settings, code) and holds
+the digest of every file beside it, so that an edited, torn or foreign adapter is noticed before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ArtifactError, IncompatibleAdapterError
+from pipeline.run_directory import read_json, write_json
+
+MANIFEST = "trivet.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What makes two bases the same: an adapter fits only the one it was trained on.
+
+    `weights` is a digest of the source files, not of the quantized storage, which bitsandbytes repacks
+    in place on some CPUs.
+    """
+
+    model: str
+    revision: str | None
+    weights: str
+    quantization: str
+    tokenizer: str
+    chat_template: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of a finished stage.
+
+    `inputs` is what the result depends on, `inputs_digest` its digest; `files` maps each file of the folder
+    to its SHA-256; `metrics` are the stage's final figures.
+    """
+
+    stage: str
+    role: str
+    base: BaseIdentity
+    inputs: Mapping[str, Any]
+    inputs_digest: str
+    parents: Mapping[str, str]
+    lora: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+    files: Mapping[str, str]
+    code_version: str
+    reward_gain: float | None = None
+    reward_bias: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    manifest_version: int = MANIFEST_VERSION
+
+    @property
+    def digest(self) -> str:
+        """Identity of the result: of its files and of what they mean, not of when they were made."""
+        return digest(
+            {
+                "role": self.role,
+                "base": asdict(self.base),
+                "files": dict(self.files),
+                "reward": [self.reward_gain, self.reward_bias],
+            }
+        )
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of JSON-able content, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_files(folder: Path) -> dict[str, str]:
+    """The digest of every file in a folder, but for the manifest, by its path relative to the folder."""
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest into the stage's folder. Its other files must be complete."""
+    write_json(folder / MANIFEST, asdict(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a stage's manifest and verify every file against it.
+
+    Raises:
+        ArtifactError: the stage is absent, was written by a newer version, or a file is missing, added
+            or differs from its digest.
+    """
+    path = folder / MANIFEST
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        raise ArtifactError(
+            "there is no finished stage here", where=str(folder), remedy="Run the stage first: trivet run CONFIG."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"the manifest cannot be read: {error}", where=str(path), remedy=_again(folder)) from None
+    if content.get("manifest_version", 0) > MANIFEST_VERSION:
+        raise ArtifactError(
+            f"the manifest was written by a newer trivet ({content.get('code_version')})",
+            where=str(path),
+            remedy="Upgrade trivet.",
+        )
+    try:
+        base = BaseIdentity(**content.pop("base"))
+        manifest = Manifest(base=base, **content)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"the manifest is not complete: {error}", where=str(path), remedy=_again(folder)) from None
+    _verify_files(folder, manifest)
+    return manifest
+
+
+def _verify_files(folder: Path, manifest: Manifest) -> None:
+    found = folder_files(folder)
+    for name, expected in manifest.files.items():
+        if name not in found:
+            raise ArtifactError("a file of the stage is missing", where=str(folder / name), remedy=_again(folder))
+        if found[name] != expected:
+            raise ArtifactError(
+                f"the file is not the one that the stage wrote (SHA-256 {found[name][:12]}, expected {expected[:12]})",
+                where=str(folder / name),
+                remedy=_again(folder),
+            )
+    if surplus := sorted(set(found) - set(manifest.files)):
+        raise ArtifactError(
+            "a file lies in the stage's folder that the stage did not write",
+            where=str(folder / surplus[0]),
+            remedy="Move it elsewhere.",
+        )
+
+
+def _again(folder: Path) -> str:
+    return f"Run the stage again: trivet {folder.name} CONFIG --force."
+
+
+def require_same_base(manifest: Manifest, base: BaseIdentity, folder: Path) -> None:
+    """Refuse an adapter that was trained on another base.
+
+    Raises:
+        IncompatibleAdapterError: naming the first field that differs and both values.
+    """
+    for entry in fields(BaseIdentity):
+        theirs, ours = getattr(manifest.base, entry.name), getattr(base, entry.name)
+        # A folder may have moved; what counts is that its weights are the same.
+        if entry.name != "model" and theirs != ours:
+            raise IncompatibleAdapterError(
+                f"the {manifest.role} adapter was trained on another base: its {entry.name} is {_short(theirs)},"
+                f" this base's is {_short(ours)}",
+                where=str(folder),
+                remedy=f"Set the base section as it was then, or train again: trivet {manifest.stage} CONFIG --force.",
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else repr(value)
