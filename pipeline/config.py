@@ -336,6 +336,11 @@ class PipelineConfig(Section):
         """Whether any term of PPO's reward is the reward adapter."""
         return any(source.function is None for source in self.ppo.rewards)
 
+    @property
+    def trains_reward_model(self) -> bool:
+        """Whether there is a reward stage: PPO needs its adapter, or there are preferences to learn from."""
+        return self.needs_reward_model or bool(self.data.preferences.sources)
+
     def accumulation_steps(self, stage: Literal["sft", "reward"]) -> int:
         """Forward passes per process and optimizer step; exact, since `contradictions` saw to it."""
         section: TrainerSettings = getattr(self, stage)
@@ -428,7 +433,10 @@ class PipelineConfig(Section):
                 " remove it, or set base.quantization=nf4"
             )
         if self.launch.accelerate_config is not None and processes != 1:
-            yield "launch.processes and launch.accelerate_config are both set; the file's num_processes decides, so remove launch.processes"
+            yield (
+                "launch.processes and launch.accelerate_config are both set, and the file's num_processes decides;"
+                " remove launch.processes"
+            )
         for kind in ("instructions", "preferences", "prompts"):
             sources = getattr(self.data, kind).sources
             weighted = [source.weight is not None for source in sources]

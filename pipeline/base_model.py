@@ -1,0 +1,225 @@
+"""Loads the base and quantizes it once; everything else sits on it as adapters.
+
+The base is never trained. `fingerprint` proves that a stage left it as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import bitsandbytes
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pipeline.artifacts import BaseIdentity
+from pipeline.base_source import BaseSource, locate
+from pipeline.chat import ChatFormat
+from pipeline.config import BaseSettings
+from pipeline.errors import BaseModelError
+
+CONVERSION_VERSION = 1
+"""Raised when a GGUF conversion must be made again."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base: the causal model, its chat format, and its identity."""
+
+    model: PreTrainedModel
+    chat: ChatFormat
+    identity: BaseIdentity
+    device: torch.device
+
+
+def load_tokenizer(base: BaseSettings) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the config's chat template where one is set.
+
+    Raises:
+        BaseModelError: the base or its tokenizer cannot be found or read.
+    """
+    source = locate(base)
+    return _read_tokenizer(_as_folder(source, base), base)
+
+
+def _read_tokenizer(folder: Path, base: BaseSettings) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            where=str(folder),
+            remedy="The folder needs tokenizer.json (or the files of a slow tokenizer) beside the weights.",
+        ) from None
+    if base.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(base.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise BaseModelError(
+                f"the chat template cannot be read: {error.strerror}",
+                where=base.chat_template,
+                remedy="Set base.chat_template.",
+            ) from None
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_base(base: BaseSettings, device: torch.device | str | None = None) -> Base:
+    """Load the tokenizer, check it, then load and quantize the weights.
+
+    Args:
+        base: the config's section.
+        device: where the weights go; None is the first CUDA device, or the CPU.
+
+    Raises:
+        BaseModelError: the base is not there, or its architecture or tokenizer cannot be used.
+    """
+    device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = locate(base)
+    folder = _as_folder(source, base)
+    chat = ChatFormat(_read_tokenizer(folder, base))
+    dtype = compute_dtype(base, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_quantization(base, dtype),
+            attn_implementation=None if base.attention == "auto" else base.attention,
+            trust_remote_code=base.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise BaseModelError(
+            f"the base cannot be loaded: {str(error).splitlines()[0]}",
+            where=f"base.model={base.model}",
+            remedy="trivet doctor shows what is installed; base.quantization and base.attention may ask for more.",
+        ) from error
+    model.requires_grad_(False)
+    model.generation_config = type(model.generation_config)()  # sampling settings are trivet's, not the checkpoint's
+    _keep_4bit_storage_as_it_is(model)
+    identity = BaseIdentity(
+        model=base.model,
+        revision=base.revision,
+        weights=source.weights,
+        quantization=_quantization_name(base, dtype),
+        tokenizer=chat.tokenizer_digest,
+        chat_template=chat.template_digest,
+    )
+    return Base(cast(PreTrainedModel, model), chat, identity, device)
+
+
+def compute_dtype(base: BaseSettings, device: torch.device) -> torch.dtype:
+    """What the base computes in. `auto` is bfloat16 where the device has instructions for it, else float32."""
+    if base.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, base.dtype))
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _quantization(base: BaseSettings, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if base.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=base.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if base.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def _quantization_name(base: BaseSettings, dtype: torch.dtype) -> str:
+    """Names the arithmetic: weights are cast to `dtype` before they are quantized, so it is part of it."""
+    kind = "nf4-double" if base.quantization == "nf4" and base.double_quantization else base.quantization
+    return f"{kind}/{str(dtype).removeprefix('torch.')}"
+
+
+def _keep_4bit_storage_as_it_is(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place at the first inference forward.
+
+    It does so on CPUs with AVX512-BF16, and computes differently afterwards: sampling and training would no
+    longer see the same model, and the base would look changed.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the base's own parameters and buffers, adapters and heads left out.
+
+    Equal before and after a stage: the quantized base never changes.
+    """
+    hasher = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if any(part in name for part in ("lora_", "modules_to_save", "score.", "heads.")):
+            continue
+        hasher.update(name.replace("base_layer.", "").encode())
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        for chunk in flat.split(1 << 26):
+            hasher.update(chunk.cpu().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _as_folder(source: BaseSource, base: BaseSettings) -> Path:
+    """The folder to load from; a GGUF file is converted to safetensors once and kept in the cache."""
+    if source.kind == "folder":
+        return source.path
+    folder = (
+        Path(base.cache_dir).expanduser() / "gguf" / f"{source.path.stem}-{source.weights[:16]}-v{CONVERSION_VERSION}"
+    )
+    if not folder.exists():
+        print(f"Converting {source.path.name} to safetensors, once; it is kept in {folder}.", flush=True)
+        _convert_gguf(source.path, folder)
+    return folder
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise BaseModelError(
+            "reading a GGUF file needs the package 'gguf'",
+            where=str(file),
+            remedy="Install it: pip install 'trivet[gguf]'",
+        ) from None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    except OSError as error:
+        raise BaseModelError(
+            f"the conversion cannot be kept: {error.strerror}", where=str(folder.parent), remedy="Set base.cache_dir."
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        # The weights are plain tensors by now; saving would refuse while the config still calls them GGUF.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        draft.chmod(0o755)
+        try:
+            os.rename(draft, folder)
+        except OSError:
+            if not folder.exists():  # another process was first: its conversion is the same
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

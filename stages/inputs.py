@@ -1,0 +1,98 @@
+"""What a stage's result depends on, and whether the finished one is still current. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.datasets import fingerprint
+from pipeline.functions import function_digest
+
+import pipeline
+from pipeline.artifacts import Manifest, digest, read_manifest
+from pipeline.base_source import locate
+from pipeline.config import PipelineConfig
+from pipeline.config_file import LoadedConfig
+from pipeline.errors import ArtifactError
+from pipeline.run_directory import RunDirectory, StageName
+
+_NOT_IN_THE_RESULT = {"log_every", "checkpoint_every", "keep_last"}
+"""Settings that change what a stage prints or keeps on the way, not what comes out."""
+
+
+def parents_of(stage: StageName, config: PipelineConfig) -> tuple[StageName, ...]:
+    """The stages whose results this one starts from."""
+    if stage == "sft":
+        return ()
+    if stage == "reward":
+        return ("sft",)  # its samples calibrate the scores, also where the adapter starts from the base
+    reward: tuple[StageName, ...] = ("reward",) if config.trains_reward_model else ()
+    if stage == "ppo":
+        return ("sft", *reward)
+    return ("sft", *reward, "ppo")
+
+
+def stage_inputs(stage: StageName, config: PipelineConfig, run: RunDirectory) -> dict[str, Any]:
+    """All that the stage's result follows from, as JSON-able data whose digest is its identity.
+
+    Paths are left out where the content they name is in: a checkout may move.
+
+    Raises:
+        ArtifactError: a parent stage has no verified result.
+        BaseModelError, DataError: the base or a data file is not there.
+    """
+    base = config.base.model_dump(mode="json", exclude={"model", "cache_dir", "chat_template", "trust_remote_code"})
+    inputs: dict[str, Any] = {
+        "stage": stage,
+        "code_version": pipeline.__version__,
+        "seed": config.seed,
+        "base": base | {"weights": locate(config.base).weights, "chat_template": _text(config.base.chat_template)},
+        "settings": _settings(stage, config),
+        "data": _data(stage, config),
+        "parents": {parent: read_manifest(run.stage(parent)).digest for parent in parents_of(stage, config)},
+    }
+    return inputs
+
+
+def find_current(stage: StageName, loaded: LoadedConfig, run: RunDirectory) -> tuple[Manifest | None, str]:
+    """The stage's finished result if it still follows from the same inputs, and the reason for the verdict."""
+    if not run.stage(stage).exists():
+        return None, "not run yet"
+    try:
+        manifest = read_manifest(run.stage(stage))
+    except ArtifactError as error:
+        return None, f"its result cannot be used: {error.problem}"
+    try:
+        inputs = stage_inputs(stage, loaded.config, run)
+    except ArtifactError:
+        return None, "a stage before it has no result"
+    if digest(inputs) == manifest.inputs_digest:
+        return manifest, "unchanged: base, data, settings, parents and code are those of the finished result"
+    changed = sorted(key for key in inputs if inputs[key] != manifest.inputs.get(key))
+    return None, f"changed since the last run: {', '.join(changed) or 'inputs'}"
+
+
+def _settings(stage: StageName, config: PipelineConfig) -> dict[str, Any]:
+    sections: dict[str, Any] = {stage: getattr(config, stage).model_dump(mode="json", exclude=_NOT_IN_THE_RESULT)}
+    if stage in ("sft", "reward"):
+        sections["lora"] = config.lora.model_dump(mode="json")
+    if stage in ("reward", "evaluate"):
+        keys = ("max_new_tokens", "temperature", "top_k", "top_p", "max_prompt_tokens")
+        sections["sampling"] = {key: getattr(config.ppo, key) for key in keys}
+    if stage == "ppo":
+        for entry, source in zip(sections["ppo"]["rewards"], config.ppo.rewards, strict=True):
+            entry["function"] = source.function and function_digest(source.function)
+    if stage == "evaluate":
+        gold = config.evaluate.gold
+        sections["evaluate"]["gold"] = gold and function_digest(gold)
+    return sections
+
+
+def _data(stage: StageName, config: PipelineConfig) -> dict[str, str]:
+    kinds = {"sft": ["instructions"], "reward": ["preferences", "prompts"], "ppo": ["prompts"], "evaluate": ["prompts"]}
+    prints = {kind: fingerprint(getattr(config.data, kind)) for kind in kinds[stage]}
+    return prints | {"allow_special_tokens": str(config.data.allow_special_tokens)}
+
+
+def _text(path: str | None) -> str | None:
+    return path and Path(path).read_text(encoding="utf-8")
