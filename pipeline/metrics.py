@@ -1,0 +1,119 @@
+"""The metrics of a stage: a JSON line a step, `{"step": 12, "reward": 0.31, ...}`.
+
+Lines are appended whole, so a killed run leaves at most one torn line at the end, which readers drop.
+A resumed run first cuts what lies after its checkpoint, so that no step stands twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, SupportsFloat
+
+MetricsRow = dict[str, float | None]
+
+
+class MetricsWriter:
+    """Appends to a stage's metrics file. Only the main process of a stage may own one.
+
+    Args:
+        path: the file; its folder is made when needed. What it holds already is kept.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(self.path)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat] | None = None, /, **named: SupportsFloat) -> None:
+        """Append one line. NaN and infinities, which JSON does not know, are written as null.
+
+        Args:
+            step: what the figures belong to: an optimizer step or a PPO iteration.
+            values: figures by name; for names that are no Python identifiers, such as `kl/reference`.
+            named: further figures by name.
+        """
+        figures = {**(values or {}), **named}
+        if "step" in figures:
+            raise ValueError("'step' is the line's own key; name the metric otherwise")
+        row = {"step": step} | {name: _finite(value) for name, value in figures.items()}
+        # One write to a file opened for appending: lines of two writers never mix.
+        os.write(self._descriptor, (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines after a step: what an interrupted run wrote beyond the checkpoint it resumes from."""
+        kept = [row for row in read_metrics(self.path) if (row["step"] or 0) <= step]
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=self.path.parent, prefix=f".{self.path.name}-", delete=False
+        ) as file:
+            file.writelines(json.dumps(_step_as_integer(row), ensure_ascii=False) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, self.path)
+        os.close(self._descriptor)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND, 0o644)
+
+    def close(self) -> None:
+        """Bring what was written to the disk."""
+        if self._descriptor >= 0:
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[MetricsRow]:
+    """All whole lines of a metrics file, oldest first; none where there is no file.
+
+    Raises:
+        ValueError: a line before the last is not a JSON object with a step.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    *lines, torn = text.split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError(f"{path}, line {number}: not a line of metrics: {line[:80]!r}")
+        rows.append(row)
+    del torn  # What follows the last line end was never finished.
+    return rows
+
+
+def _finite(value: SupportsFloat) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _step_as_integer(row: MetricsRow) -> dict[str, Any]:
+    return {**row, "step": int(row["step"] or 0)}
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove a half line that a killed writer left, so that the next line starts at the margin."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
