@@ -1,0 +1,145 @@
+"""What the roles say of finished sequences: log-probabilities, values, rewards.
+
+Shape legend: B sequence, Q prompt token, T response token, L = Q + T, D width, N response token of any sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.batching import group_by_tokens, pad
+from pipeline.logprobs import TokenLogprobs, token_logprobs
+from pipeline.roles import Role, Roles
+from pipeline.scalar_head import last_token
+
+LOGIT_CHUNK_TOKENS = 512
+"""Response tokens whose logits exist at one time: 512 x 50k x 4 bytes = 100 MB."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A prompt and a response as ids, as they were sampled. Text is never encoded again."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The whole sequence."""
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    """Episodes as tensors. `query_NL`-style gathers use the flat places `row_N`, `column_N` of the hidden
+    states that predict (or, for values, precede) each response token."""
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    row_N: Tensor
+    column_N: Tensor
+    targets_N: Tensor
+    lengths: tuple[int, ...]
+
+    def rows(self, values_N: Tensor) -> list[Tensor]:
+        """Split values of response tokens into one tensor an episode."""
+        return list(values_N.split(list(self.lengths)))
+
+
+def batch_episodes(episodes: Sequence[Episode], device: torch.device) -> EpisodeBatch:
+    """Pad episodes on the right and find their response tokens by length."""
+    ids_BL, mask_BL = pad([episode.ids for episode in episodes], device)
+    rows, columns, targets = [], [], []
+    for row, episode in enumerate(episodes):
+        assert episode.prompt and episode.response, "an episode has a prompt and a response"
+        first = len(episode.prompt) - 1  # the hidden state here predicts the first response token
+        rows.extend([row] * len(episode.response))
+        columns.extend(range(first, first + len(episode.response)))
+        targets.extend(episode.response)
+    to = {"device": device, "dtype": torch.long}
+    return EpisodeBatch(
+        ids_BL,
+        mask_BL,
+        torch.tensor(rows, **to),  # type: ignore[call-overload]
+        torch.tensor(columns, **to),  # type: ignore[call-overload]
+        torch.tensor(targets, **to),  # type: ignore[call-overload]
+        tuple(len(episode.response) for episode in episodes),
+    )
+
+
+def policy_logprobs(
+    roles: Roles, hidden_BLD: Tensor, batch: EpisodeBatch, *, temperature: float, with_entropy: bool = False
+) -> TokenLogprobs:
+    """Log-probabilities of the response tokens from the trunk's hidden states; prompt positions get no logits."""
+    hidden_ND = hidden_BLD[batch.row_N, batch.column_N]
+    return token_logprobs(
+        hidden_ND,
+        batch.targets_N,
+        roles.logits,
+        temperature=temperature,
+        chunk_tokens=LOGIT_CHUNK_TOKENS,
+        with_entropy=with_entropy,
+    )
+
+
+def head_values(roles: Roles, role: Role, hidden_BLD: Tensor, batch: EpisodeBatch) -> Tensor:
+    """The role's head at the states before each response token: values [N] in float32."""
+    return roles.head_values(role, hidden_BLD[batch.row_N, batch.column_N])
+
+
+def score_logprobs(
+    roles: Roles, role: Role | None, episodes: Sequence[Episode], *, temperature: float, max_tokens: int
+) -> list[Tensor]:
+    """Log-probability of every response token under a role, without gradients: a tensor [T] an episode."""
+
+    def compute(hidden_BLD: Tensor, batch: EpisodeBatch) -> list[Tensor]:
+        return batch.rows(policy_logprobs(roles, hidden_BLD, batch, temperature=temperature).logprobs_N)
+
+    return _for_episodes(roles, role, episodes, max_tokens, compute)
+
+
+def score_values(roles: Roles, episodes: Sequence[Episode], *, trunk: Role, max_tokens: int) -> list[Tensor]:
+    """The critic's value before every response token, without gradients: a tensor [T] an episode.
+
+    Args:
+        trunk: whose adapter the value head reads: `value`, or `policy` for `critic: head`.
+    """
+
+    def compute(hidden_BLD: Tensor, batch: EpisodeBatch) -> list[Tensor]:
+        return batch.rows(head_values(roles, "value", hidden_BLD, batch))
+
+    return _for_episodes(roles, trunk, episodes, max_tokens, compute)
+
+
+def score_rewards(roles: Roles, sequences: Sequence[Sequence[int]], *, max_tokens: int) -> Tensor:
+    """The reward adapter's raw score at the last token of each sequence: [B] in float32, on the CPU."""
+    scores_B = torch.empty(len(sequences), dtype=torch.float32)
+    roles.inference_mode()
+    with torch.no_grad(), roles.active("reward"):
+        for group in group_by_tokens([len(sequence) for sequence in sequences], max_tokens):
+            ids_BL, mask_BL = pad([sequences[index] for index in group], roles.device)
+            hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
+            scores_B[group] = roles.head_values("reward", last_token(hidden_BLD, mask_BL)).cpu()
+    return scores_B
+
+
+def _for_episodes(
+    roles: Roles,
+    role: Role | None,
+    episodes: Sequence[Episode],
+    max_tokens: int,
+    compute: Callable[[Tensor, EpisodeBatch], list[Tensor]],
+) -> list[Tensor]:
+    results: list[Tensor] = [torch.empty(0)] * len(episodes)
+    roles.inference_mode()
+    with torch.no_grad(), roles.active(role):
+        for group in group_by_tokens([len(episode.ids) for episode in episodes], max_tokens):
+            batch = batch_episodes([episodes[index] for index in group], roles.device)
+            hidden_BLD = roles.hidden_states(batch.ids_BL, batch.mask_BL)
+            for index, row in zip(group, compute(hidden_BLD, batch), strict=True):
+                results[index] = row
+    return results
