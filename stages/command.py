@@ -1,0 +1,150 @@
+"""The command line that all stages share.
+
+    accelerate launch -m stages.sft CONFIG [key=value ...] [--force] [--dry-run]
+
+A finished stage whose inputs have not changed is not run again. Exit codes: 0 done or nothing to do,
+1 a fault in the program, 2 something the user can put right, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pipeline.artifacts import Manifest
+from pipeline.config_file import LoadedConfig, load_config
+from pipeline.errors import TrivetError
+from pipeline.memory import megabytes
+from pipeline.progress import duration, is_main_process
+from pipeline.run_directory import RunDirectory, StageName
+from stages.inputs import find_current, parents_of
+from stages.launch import ERROR_FILE_VARIABLE, QUIET_ENVIRONMENT
+
+Run = Callable[[LoadedConfig, RunDirectory], Manifest]
+
+
+def stage_main(stage: StageName, run: Run, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a stage as a program: read the config, skip what is done, report what went wrong.
+
+    Args:
+        stage: the stage's name.
+        run: does the work and publishes the result; every process of a launch calls it.
+        argv: arguments, None for the program's own.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    arguments = _parser(stage).parse_intermixed_args(argv)
+    _quiet()
+    faulthandler.enable()
+    # Leave the folder clean: a default SIGTERM would skip every `finally`.
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        loaded = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print("\n".join(plan(loaded, (stage,), force=arguments.force)))
+        else:
+            _run_unless_current(stage, run, loaded, force=arguments.force)
+    except TrivetError as error:
+        if _leave_message(error) and is_main_process():
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        _leave_message(error)
+        traceback.print_exc()
+        sys.exit(1)
+    sys.exit(0)
+
+
+def plan(loaded: LoadedConfig, stages: Sequence[StageName], *, force: bool) -> Iterator[str]:
+    """What `--dry-run` prints: each setting with its origin, the batch arithmetic, and which stages would run."""
+    yield from loaded.lines()
+    yield ""
+    yield from loaded.config.arithmetic()
+    yield ""
+    run = RunDirectory(loaded.config.run_dir)
+    will_run: list[StageName] = []
+    for stage in stages:
+        manifest, reason = find_current(stage, loaded, run)
+        renewed = [parent for parent in parents_of(stage, loaded.config) if parent in will_run]
+        if manifest is not None and not force and not renewed:
+            yield f"{stage}: would not run; {reason}."
+            continue
+        will_run.append(stage)
+        if manifest is not None:
+            reason = "--force" if force else f"after {' and '.join(renewed)}, if their results change"
+        yield f"{stage}: would run; {reason}."
+
+
+def _parser(stage: StageName) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"stages.{stage}", allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of the run")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the file's")
+    parser.add_argument("--force", action="store_true", help="run although the finished result is current")
+    parser.add_argument("--dry-run", action="store_true", help="show settings and plan, run nothing")
+    return parser
+
+
+def _run_unless_current(stage: StageName, run: Run, loaded: LoadedConfig, *, force: bool) -> None:
+    directory = RunDirectory.open(loaded)
+    manifest, reason = find_current(stage, loaded, directory)
+    if manifest is not None and not force:
+        _say(f"{stage}: nothing to do; {reason}.")
+        return
+    _say(f"{stage}: {'run again on demand' if manifest is not None else reason}.")
+    finished = run(loaded, directory)
+    _say(
+        f"{stage}: finished in {duration(finished.seconds)}, peak memory {megabytes(finished.peak_memory_bytes)},"
+        f" result in {directory.stage(stage)}."
+    )
+
+
+def _say(line: str) -> None:
+    if is_main_process():
+        print(line, flush=True)
+
+
+def _quiet() -> None:
+    """Silence the libraries below. The environment may come too late for those that are imported already."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Meant for the developers of these libraries, not for who trains with them.
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    if (transformers := sys.modules.get("transformers")) is not None:
+        transformers.utils.logging.disable_progress_bar()
+
+
+def _leave_message(error: Exception) -> bool:
+    """Tell the parent process what went wrong, if it asked. Returns whether nobody has told it before."""
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if path is None:
+        return True
+    if isinstance(error, TrivetError):
+        problem, where, remedy = error.problem, error.where, error.remedy
+    else:
+        problem, where, remedy = f"{type(error).__name__}: {error}", None, None
+    message = {"kind": type(error).__name__, "problem": problem, "where": where, "remedy": remedy}
+    try:
+        # The first process to fail is the one to believe: the others fail because it is gone.
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump(message, file)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,304 @@
+"""Starts a stage in processes of its own through `accelerate launch`, and ends them all if this one ends.
+
+The parent imports no torch: it streams the stage's lines and progress, keeps them in the run's log, and
+turns a failure into one error that says what went wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import LaunchSettings
+from pipeline.errors import StageFailedError
+from pipeline.progress import FORMAT_VARIABLE, ProgressUpdate, parse_machine_line
+from pipeline.run_directory import StageName
+
+ERROR_FILE_VARIABLE = "TRIVET_ERROR_FILE"
+"""Environment variable: where a stage that fails says why, as JSON."""
+
+QUIET_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+"""Keeps the libraries below a stage from sending and printing what nobody asked for; a user's values win."""
+
+_LAST_LINES = 30
+_GRACE_SECONDS = 10.0
+_SECONDS_BETWEEN_FOREIGN_BARS = 15.0
+_SOURCE_ROOT = Path(__file__).resolve().parent.parent
+_SUPERVISOR = Path(__file__).resolve().with_name("supervisor.py")
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f]")
+_FOREIGN_BAR = re.compile(r"\d+%\|.*\|.*\d+/\d+|\d+it \[")
+# Files that the drivers of NVIDIA (also under WSL), AMD and Intel GPUs make.
+_ACCELERATOR_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri/renderD128", "/dev/accel")
+
+
+def launch_stage(
+    stage: StageName,
+    config_path: str | Path,
+    overrides: Sequence[str],
+    launch: LaunchSettings,
+    log_path: str | Path,
+    *,
+    force: bool,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[ProgressUpdate], None],
+    module: str | None = None,
+) -> None:
+    """Run a stage to its end in processes of its own.
+
+    Whatever ends this process, be it an error, a signal or SIGKILL, ends the stage's whole process tree.
+
+    Args:
+        stage: which one.
+        config_path: the run's config file.
+        overrides: `key=value` settings on top of it.
+        launch: how many processes, or whose Accelerate config.
+        log_path: the stage's log; a header and everything the stage prints is appended to it.
+        force: run it although its finished result is current.
+        on_line: receives every line that the stage prints, without terminal codes.
+        on_progress: receives the state of the stage's progress bars; these lines are not in the log.
+        module: the module to run. None: `stages.STAGE`.
+
+    Raises:
+        StageFailedError: the stage did not end well; holds what it said and the last lines of its log.
+    """
+    log_path = Path(log_path)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [str(Path(config_path).resolve()), *overrides, *(["--force"] if force else [])]
+    last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+
+    def keep(line: str) -> None:
+        last_lines.append(line)
+        on_line(line)
+
+    with tempfile.TemporaryDirectory(prefix="trivet-") as scratch, log_path.open("a", encoding="utf-8") as log:
+        error_path = Path(scratch) / "error.json"
+        command = [
+            *_accelerate_command(launch, Path(scratch)),
+            *("--module", module or f"stages.{stage}"),
+            *arguments,
+        ]
+        environment = _environment(launch) | {ERROR_FILE_VARIABLE: str(error_path), FORMAT_VARIABLE: "json"}
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        log.write(f"--- {started} {stage} {' '.join(arguments)} ({_processes(launch)} process(es))\n")
+        code = _run_supervised(command, environment, log, keep, on_progress)
+        if code != 0 or error_path.exists():
+            raise _failure(stage, code, error_path, last_lines, log_path)
+
+
+def _accelerate_command(launch: LaunchSettings, scratch: Path) -> list[str]:
+    """`accelerate launch` with a config file of our own, so that it does not read the user's default one."""
+    if launch.accelerate_config is not None:
+        config_file = launch.accelerate_config
+    else:
+        config_file = str(scratch / "accelerate.yaml")
+        several = launch.processes > 1
+        settings = {
+            "compute_environment": "LOCAL_MACHINE",
+            # On CPUs too: what Accelerate calls MULTI_CPU starts one process unless there is an MPI.
+            "distributed_type": "MULTI_GPU" if several else "NO",
+            "num_machines": 1,
+            "num_processes": launch.processes,
+            "machine_rank": 0,
+            # 0 lets Accelerate find a free port, so that two runs on one machine do not meet.
+            "main_process_port": 0 if several else None,
+            "mixed_precision": "no",
+            "dynamo_config": {"dynamo_backend": "NO"},
+            "use_cpu": not has_accelerator(),
+        }
+        Path(config_file).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    # --quiet: without it a failing stage's own message is followed by a traceback of the launcher.
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", config_file),
+        *("--num_cpu_threads_per_process", str(_threads(launch))),
+    ]
+
+
+def _environment(launch: LaunchSettings) -> dict[str, str]:
+    # Stages know nothing of Prefect, and its settings may hold a password.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    environment = QUIET_ENVIRONMENT | inherited
+    environment["PYTHONUNBUFFERED"] = "1"
+    # Stages are found wherever trivet was started, and nothing in that folder takes a library's place.
+    environment["PYTHONSAFEPATH"] = "1"
+    if Path(sysconfig.get_path("purelib")).resolve() != _SOURCE_ROOT:
+        paths = [str(_SOURCE_ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    if launch.accelerate_config is None and not has_accelerator():
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return environment
+
+
+def has_accelerator() -> bool:
+    """Whether a GPU may be used, as far as can be told without importing torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return sys.platform == "darwin" or any(Path(device).exists() for device in _ACCELERATOR_DEVICES)
+
+
+def available_cores() -> int:
+    """The cores that this process may use: its affinity, further limited by a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))  # Without a limit the quota is the word "max".
+    return max(1, cores)
+
+
+def _threads(launch: LaunchSettings) -> int:
+    """Threads for each process's arithmetic. Accelerate by itself would leave a CPU stage with one."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    return max(1, available_cores() // _processes(launch))
+
+
+def _processes(launch: LaunchSettings) -> int:
+    if launch.accelerate_config is None:
+        return launch.processes
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError, ValueError):
+        settings = yaml.safe_load(Path(launch.accelerate_config).read_text(encoding="utf-8"))
+        return max(1, int(settings.get("num_processes", 1)) // int(settings.get("num_machines", 1)))
+    return 1  # Accelerate itself will say what is wrong with the file.
+
+
+def _run_supervised(
+    command: list[str],
+    environment: dict[str, str],
+    log: Any,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[ProgressUpdate], None],
+) -> int:
+    """Run the command under the supervisor, whose end means that no process of it is left."""
+    lifeline, held_open = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_SUPERVISOR), str(lifeline), str(_GRACE_SECONDS), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            pass_fds=[lifeline],
+            # Ctrl-C reaches this process alone, which then asks the supervisor to end the tree in order.
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(held_open)
+        raise
+    finally:
+        os.close(lifeline)
+    try:
+        assert process.stdout is not None
+        for line in _without_foreign_bars(process.stdout):
+            update, rest = parse_machine_line(line)
+            if update is not None:
+                on_progress(update)
+            if text := _ESCAPES.sub("", rest).rstrip():
+                log.write(text + "\n")
+                log.flush()
+                on_line(text)
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS + 6)
+        raise
+    finally:
+        os.close(held_open)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _without_foreign_bars(lines: Iterator[str]) -> Iterator[str]:
+    """Let only a few states of a library's own progress bar through, such as a download's."""
+    shown_at = -math.inf
+    for line in lines:
+        if _FOREIGN_BAR.search(line):
+            if time.monotonic() - shown_at < _SECONDS_BETWEEN_FOREIGN_BARS:
+                continue
+            shown_at = time.monotonic()
+        yield line
+
+
+class StageProcessError(StageFailedError):
+    """A stage's process ended with an error; besides the message it keeps the last lines of the log."""
+
+    def __init__(
+        self, problem: str, *, where: str | None = None, remedy: str | None = None, last_lines: Sequence[str] = ()
+    ) -> None:
+        super().__init__(problem, where=where, remedy=remedy)
+        self.last_lines = tuple(last_lines)
+
+    @property
+    def summary(self) -> str:
+        """The message without the log's lines, for where these have been seen already."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        if not self.last_lines:
+            return self.summary
+        return f"{self.summary}\nThe last lines of its log:\n" + "\n".join(f"  {line}" for line in self.last_lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (self.problem, self.where, self.remedy, self.last_lines)
+
+
+def _rebuild(problem: str, where: str | None, remedy: str | None, last_lines: tuple[str, ...]) -> StageProcessError:
+    return StageProcessError(problem, where=where, remedy=remedy, last_lines=last_lines)
+
+
+_LESS_MEMORY = {
+    "sft": "Lower sft.microbatch_size or sft.max_length.",
+    "reward": "Lower reward.microbatch_size or reward.max_length.",
+    "ppo": "Lower ppo.microbatch_tokens or ppo.generation_batch_size.",
+    "evaluate": "Lower evaluate.batch_size.",
+}
+
+
+def _failure(
+    stage: StageName, code: int, error_path: Path, last_lines: Sequence[str], log_path: Path
+) -> StageProcessError:
+    try:
+        told = json.loads(error_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        told = None
+    if told is not None:
+        out_of_memory = told["kind"] in ("OutOfMemoryError", "MemoryError")
+        return StageProcessError(
+            f"the {stage} stage failed: {told['problem']}",
+            where=told["where"],
+            remedy=told["remedy"] or (_LESS_MEMORY[stage] if out_of_memory else f"The whole log: {log_path}"),
+            last_lines=last_lines,
+        )
+    if any(line.startswith("Traceback (most recent call last)") for line in last_lines):
+        problem, remedy = f"the {stage} stage ended with exit code {code}", f"The whole log: {log_path}"
+    else:
+        problem = (
+            f"the {stage} stage's process ended (exit code {code}) without a word,"
+            " as happens when the system kills it for lack of memory"
+        )
+        remedy = f"{_LESS_MEMORY[stage]} The whole log: {log_path}"
+    return StageProcessError(problem, remedy=remedy, last_lines=last_lines)
