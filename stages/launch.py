@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -48,6 +49,7 @@ _SECONDS_BETWEEN_FOREIGN_BARS = 15.0
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
 _SUPERVISOR = Path(__file__).resolve().with_name("supervisor.py")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f]")
+_LAUNCHER_REPORT = re.compile(r"torch/distributed/elastic/multiprocessing/api\.py:\d+\] failed \(exitcode")
 _FOREIGN_BAR = re.compile(r"\d+%\|.*\|.*\d+/\d+|\d+it \[")
 # Files that the drivers of NVIDIA (also under WSL), AMD and Intel GPUs make.
 _ACCELERATOR_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri/renderD128", "/dev/accel")
@@ -87,8 +89,13 @@ def launch_stage(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     arguments = [str(Path(config_path).resolve()), *overrides, *(["--force"] if force else [])]
     last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+    launcher_report: list[str] = []
 
     def keep(line: str) -> None:
+        # torchrun ends a failure with forty lines about itself, which would push out what the stage said.
+        if launcher_report or _LAUNCHER_REPORT.search(line):
+            launcher_report.append(line)
+            return
         last_lines.append(line)
         on_line(line)
 
@@ -104,7 +111,8 @@ def launch_stage(
         log.write(f"--- {started} {stage} {' '.join(arguments)} ({_processes(launch)} process(es))\n")
         code = _run_supervised(command, environment, log, keep, on_progress)
         if code != 0 or error_path.exists():
-            raise _failure(stage, code, error_path, last_lines, log_path)
+            killed = _was_killed(code, launcher_report)
+            raise _failure(stage, code, error_path, last_lines, log_path, killed=killed)
 
 
 def _accelerate_command(launch: LaunchSettings, scratch: Path) -> list[str]:
@@ -278,27 +286,36 @@ _LESS_MEMORY = {
 }
 
 
+def _was_killed(code: int, launcher_report: Sequence[str]) -> bool:
+    """Whether the first process to go was killed from outside, as far as the launcher tells."""
+    root_cause = "\n".join(launcher_report).partition("Root Cause")[2]
+    return code == 128 + signal.SIGKILL or re.search(r"exitcode\s*: -9\b", root_cause) is not None
+
+
 def _failure(
-    stage: StageName, code: int, error_path: Path, last_lines: Sequence[str], log_path: Path
+    stage: StageName, code: int, error_path: Path, last_lines: Sequence[str], log_path: Path, *, killed: bool
 ) -> StageProcessError:
     try:
         told = json.loads(error_path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         told = None
-    if told is not None:
+    whole_log = f"The whole log: {log_path}"
+    # Where one of several processes was killed, what the others say is only that they miss it.
+    if told is not None and not killed:
         out_of_memory = told["kind"] in ("OutOfMemoryError", "MemoryError")
         return StageProcessError(
             f"the {stage} stage failed: {told['problem']}",
             where=told["where"],
-            remedy=told["remedy"] or (_LESS_MEMORY[stage] if out_of_memory else f"The whole log: {log_path}"),
+            remedy=told["remedy"] or (_LESS_MEMORY[stage] if out_of_memory else whole_log),
             last_lines=last_lines,
         )
-    if any(line.startswith("Traceback (most recent call last)") for line in last_lines):
-        problem, remedy = f"the {stage} stage ended with exit code {code}", f"The whole log: {log_path}"
-    else:
-        problem = (
-            f"the {stage} stage's process ended (exit code {code}) without a word,"
-            " as happens when the system kills it for lack of memory"
+    if not killed and any("Traceback (most recent call last)" in line for line in last_lines):
+        return StageProcessError(
+            f"the {stage} stage ended with exit code {code}", remedy=whole_log, last_lines=last_lines
         )
-        remedy = f"{_LESS_MEMORY[stage]} The whole log: {log_path}"
-    return StageProcessError(problem, remedy=remedy, last_lines=last_lines)
+    return StageProcessError(
+        f"the {stage} stage's process ended (exit code {code}) without a word,"
+        " as happens when the system kills it for lack of memory",
+        remedy=f"{_LESS_MEMORY[stage]} {whole_log}",
+        last_lines=last_lines,
+    )
