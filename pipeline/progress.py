@@ -7,6 +7,7 @@ lines; the parent turns them back into `ProgressUpdate`s and draws the bar itsel
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
+    from rich import progress as bars
     from rich.console import Console
 
 FORMAT_VARIABLE = "TRIVET_PROGRESS"
@@ -103,13 +105,10 @@ def duration(seconds: float) -> str:
 
 
 class ProgressView(Protocol):
-    """Something that shows updates."""
+    """Something that shows the updates of one job or of several, told apart by their descriptions."""
 
     def show(self, update: ProgressUpdate) -> None:
-        """Show the newest state. May be called often."""
-
-    def close(self) -> None:
-        """Leave the output clean."""
+        """Show the newest state. May be called often; the last call of a job has `finished`."""
 
 
 class Progress:
@@ -128,19 +127,13 @@ class Progress:
         self._recent.append((now, done))
         first_time, first_done = self._recent[0]
         seconds_each = (now - first_time) / (done - first_done) if done > first_done else None
-        self._update = replace(
-            self._update,
-            done=done,
-            elapsed=now - self._start,
-            seconds_each=seconds_each,
-            note=note or self._update.note,
-        )
+        note = note or self._update.note
+        self._update = replace(self._update, done=done, elapsed=now - self._start, seconds_each=seconds_each, note=note)
         self._view.show(self._update)
 
     def finish(self) -> None:
-        """Show the last state and leave the output clean."""
+        """Show the last state."""
         self._view.show(replace(self._update, elapsed=time.monotonic() - self._start, finished=True))
-        self._view.close()
 
 
 @contextmanager
@@ -149,7 +142,7 @@ def progress(total: int, description: str, unit: str = "steps", *, done: int = 0
 
     Args:
         total: how many units there are.
-        description: what is being done, in a word or two.
+        description: what is being done, in a word or two. Jobs inside one another need different ones.
         unit: what is counted, in the plural.
         done: units that an earlier, interrupted run has done already; they do not count for the rate.
     """
@@ -165,6 +158,7 @@ def is_main_process() -> bool:
     return all(int(os.environ.get(variable) or 0) == 0 for variable in ("RANK", "LOCAL_RANK"))
 
 
+@functools.cache
 def _view_for_this_process() -> ProgressView:
     if not is_main_process():
         return SilentView()
@@ -191,105 +185,112 @@ class SilentView:
     def show(self, update: ProgressUpdate) -> None:
         """Nothing."""
 
-    def close(self) -> None:
-        """Nothing."""
-
 
 class PlainView:
-    """A line at the start, at the end, and every few seconds between."""
+    """A line at a job's start, at its end, and every few seconds between."""
 
     def __init__(self, stream: TextIO, seconds_between: float = _SECONDS_BETWEEN_LINES) -> None:
         self._stream, self._seconds_between = stream, seconds_between
-        self._printed_at = float("-inf")
-        self._printed: ProgressUpdate | None = None
+        self._printed: dict[str, tuple[float, ProgressUpdate]] = {}
 
     def show(self, update: ProgressUpdate) -> None:
         """Print the line if it is due, or the last one."""
-        complete = update.finished or update.done >= update.total
-        if not complete and time.monotonic() - self._printed_at < self._seconds_between:
+        now = time.monotonic()
+        printed_at, printed = self._printed.get(update.description, (float("-inf"), None))
+        complete = update.done >= update.total
+        if not complete and not update.finished and now - printed_at < self._seconds_between:
             return
-        # A job that has just printed that all is done does not print it again on closing.
-        if self._printed and replace(self._printed, finished=True, elapsed=0) == replace(update, elapsed=0):
-            return
-        self._printed, self._printed_at = update, time.monotonic()
-        self._stream.write(update.line + "\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        """Nothing is left open."""
+        # A job whose last step has been printed does not print it again on finishing.
+        if not (complete and printed is not None and printed.done == update.done and printed.note == update.note):
+            self._stream.write(update.line + "\n")
+            self._stream.flush()
+        if update.finished:
+            self._printed.pop(update.description, None)
+        else:
+            self._printed[update.description] = (now, update)
 
 
 class MachineView:
-    """Machine lines, a few a second at the most, the first and the last always."""
+    """Machine lines for a parent process, a few a second at the most, the first and the last of a job always."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._written_at = float("-inf")
+        self._written_at: dict[str, float] = {}
 
     def show(self, update: ProgressUpdate) -> None:
         """Write the update if it is due."""
         now = time.monotonic()
-        if update.finished or now - self._written_at >= _SECONDS_BETWEEN_MACHINE_LINES:
-            self._written_at = now
+        written_at = self._written_at.get(update.description, float("-inf"))
+        if update.finished or now - written_at >= _SECONDS_BETWEEN_MACHINE_LINES:
+            self._written_at[update.description] = now
             # One write, so that another process's line does not come between.
             self._stream.write(update.machine_line)
             self._stream.flush()
-
-    def close(self) -> None:
-        """Nothing is left open."""
+        if update.finished:
+            del self._written_at[update.description]
 
 
 class TerminalView:
-    """A rich bar. The clock runs on between two updates."""
+    """Rich bars, one a job. Their clocks run on between two updates."""
 
     def __init__(self, stream: TextIO, console: Console | None = None) -> None:
-        from rich import progress as bars
         from rich.console import Console
-        from rich.text import Text
 
-        class _TimeLeft(bars.ProgressColumn):
-            """Elapsed time, and the time left once it is known."""
-
-            def render(self, task: bars.Task) -> Text:
-                elapsed = task.fields["elapsed"] + time.monotonic() - task.fields["shown_at"]
-                left = task.fields["seconds_left"]
-                text = duration(elapsed)
-                if left is not None and not task.finished:
-                    text += f", {duration(max(0.0, left - (time.monotonic() - task.fields['shown_at'])))} left"
-                return Text(text, style="progress.elapsed")
-
-        self._bars = bars.Progress(
-            bars.TextColumn("{task.description}", markup=False),
-            bars.BarColumn(bar_width=28),
-            bars.TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
-            _TimeLeft(),
-            bars.TextColumn("{task.fields[note]}", markup=False, style="dim"),
-            console=console or Console(file=stream),
-            refresh_per_second=4,
-        )
-        self._task: bars.TaskID | None = None
+        self._console = console or Console(file=stream)
+        self._bars: bars.Progress | None = None
+        self._running: dict[str, bars.TaskID] = {}
         self._lock = threading.Lock()
 
     def show(self, update: ProgressUpdate) -> None:
-        """Move the bar."""
-        fields: dict[str, Any] = {
-            "unit": update.unit,
-            "note": update.note,
-            "elapsed": update.elapsed,
-            "seconds_left": update.seconds_left,
-            "shown_at": time.monotonic(),
-        }
+        """Move the job's bar. Bars stay on the screen when the last of them is finished."""
+        fields: dict[str, Any] = {"update": update, "shown_at": time.monotonic()}
         with self._lock:
-            if self._task is None:
+            if self._bars is None:
+                self._bars = self._make_bars()
                 self._bars.start()
-                self._task = self._bars.add_task(
+            task = self._running.get(update.description)
+            if task is None:
+                task = self._bars.add_task(
                     update.description, total=max(update.total, 1), completed=update.done, **fields
                 )
+                self._running[update.description] = task
             else:
-                self._bars.update(self._task, completed=update.done, **fields)
+                self._bars.update(task, completed=update.done, **fields)
+            if update.finished:
+                del self._running[update.description]
+                if not self._running:
+                    self.close()
 
     def close(self) -> None:
-        """Stop the clock; the bar stays on the screen as it was last."""
-        with self._lock:
-            if self._task is not None:
-                self._bars.stop()
+        """Leave the screen to others; a job that was cut off keeps its bar as it was last."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+        self._running.clear()
+
+    def _make_bars(self) -> bars.Progress:
+        from rich import progress as bars
+        from rich.table import Column
+        from rich.text import Text
+
+        class _State(bars.ProgressColumn):
+            """How many, how long, how long yet, and the note."""
+
+            def render(self, task: bars.Task) -> Text:
+                update: ProgressUpdate = task.fields["update"]
+                since = 0.0 if update.finished else time.monotonic() - task.fields["shown_at"]
+                text = Text(f"{update.done}/{update.total} {update.unit}  {duration(update.elapsed + since)}")
+                left = update.seconds_left
+                if left is not None and left > 0 and not update.finished:
+                    text.append(f", {duration(max(0.0, left - since))} left")
+                if update.note:
+                    text.append(f"  {update.note}", style="dim")
+                return text
+
+        return bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(bar_width=20),
+            _State(table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=self._console,
+            refresh_per_second=4,
+        )
