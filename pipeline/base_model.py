@@ -171,7 +171,7 @@ def fingerprint(model: nn.Module) -> str:
             continue
         hasher.update(name.replace("base_layer.", "").encode())
         flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-        for chunk in flat.split(1 << 26):
+        for chunk in torch.split(flat, 1 << 26):
             hasher.update(chunk.cpu().numpy().tobytes())
     return hasher.hexdigest()
 

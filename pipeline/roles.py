@@ -10,8 +10,9 @@ whichever adapter is active by then.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -66,7 +67,7 @@ class Roles:
 
     def parameters(self, role: Role) -> dict[str, nn.Parameter]:
         """The adapter's parameters, and its head's under `heads.ROLE.`, by name."""
-        found = {name: parameter for name, parameter in self.model.named_parameters() if f".{role}." in name}
+        found = {name: parameter for name, parameter in self.model.named_parameters() if _belongs_to(role, name)}
         if role in self.heads:
             found |= {f"heads.{role}.{name}": parameter for name, parameter in self.heads[role].named_parameters()}
         return found
@@ -141,9 +142,8 @@ class Roles:
                 self._peft = cast(PeftModel, get_peft_model(self._causal_model, config, adapter_name=role))
             else:
                 self._peft.add_adapter(role, config)
-        for name, parameter in self.model.named_parameters():
-            if f".{role}." in name:
-                parameter.data = parameter.data.float()
+        for parameter in self.parameters(role).values():
+            parameter.data = parameter.data.float()
         self._activate(role)
 
     def _load_adapter(self, role: Role, tensors: dict[str, Tensor], folder: Path | None) -> None:
@@ -198,7 +198,7 @@ class Roles:
             return
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:
-                parameter.requires_grad_(any(f".{role}." in name for role in self._trainable))
+                parameter.requires_grad_(any(_belongs_to(role, name) for role in self._trainable))
         for role, head in self.heads.items():
             head.requires_grad_(role in self._trainable)
 
@@ -271,17 +271,33 @@ class Roles:
         config.base_model_name_or_path = self.base.identity.model
         config.revision = self.base.identity.revision
         if head is not None and head.bias is None:
-            tensors[_SCORE_KEY] = head.weight.detach().cpu().contiguous()
+            tensors[_SCORE_KEY] = head.weight
             config.modules_to_save, config.task_type = ["score"], TaskType.SEQ_CLS
         elif head is not None:
-            state = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-            save_file(state, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
-        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            self.save_head(role, folder)
+        self.save_tensors(tensors, folder / ADAPTER_WEIGHTS)
         config.save_pretrained(folder)
+
+    def save_head(self, role: Role, folder: Path) -> None:
+        """Write the role's head alone, with its bias."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save_tensors(self.heads[role].state_dict(), folder / HEAD_WEIGHTS)
+
+    @staticmethod
+    def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Write tensors by name as safetensors."""
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, path, metadata={"format": "pt"})
 
     def _adapter_tensors(self, role: Role) -> dict[str, Tensor]:
         state = get_peft_model_state_dict(self.model, adapter_name=role, save_embedding_layers=False)
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sorted(state.items())}
+
+
+def _belongs_to(role: Role, name: str) -> bool:
+    """Whether a parameter is part of the role's adapter: `...lora_A.ROLE.weight`. A base may have a `value` too."""
+    parts = name.split(".")
+    return any(part == role and before.startswith("lora_") for before, part in pairwise(parts))
 
 
 def lora_config(lora: LoraSettings, causal_model: PreTrainedModel) -> LoraConfig:

@@ -84,7 +84,7 @@ class RunDirectory:
             ) from None
         if found.get("layout_version", 0) > LAYOUT_VERSION:
             raise RunDirectoryError(
-                f"the run was written by a newer trivet (layout {found['layout_version']}, this one knows {LAYOUT_VERSION})",
+                f"the run was written by a newer trivet: layout {found['layout_version']}, known: {LAYOUT_VERSION}",
                 where=str(self.root),
                 remedy="Upgrade trivet, or choose another folder with run_dir=....",
             )

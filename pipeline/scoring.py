@@ -35,8 +35,11 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeBatch:
-    """Episodes as tensors. `query_NL`-style gathers use the flat places `row_N`, `column_N` of the hidden
-    states that predict (or, for values, precede) each response token."""
+    """Episodes as tensors.
+
+    `row_N` and `column_N` are the places in [B, L] of the hidden states that predict the response tokens
+    `targets_N`, episode after episode; `lengths` are the response tokens of each episode.
+    """
 
     ids_BL: Tensor
     mask_BL: Tensor
@@ -47,26 +50,27 @@ class EpisodeBatch:
 
     def rows(self, values_N: Tensor) -> list[Tensor]:
         """Split values of response tokens into one tensor an episode."""
-        return list(values_N.split(list(self.lengths)))
+        return list(torch.split(values_N, list(self.lengths)))
 
 
 def batch_episodes(episodes: Sequence[Episode], device: torch.device) -> EpisodeBatch:
     """Pad episodes on the right and find their response tokens by length."""
     ids_BL, mask_BL = pad([episode.ids for episode in episodes], device)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for row, episode in enumerate(episodes):
         assert episode.prompt and episode.response, "an episode has a prompt and a response"
         first = len(episode.prompt) - 1  # the hidden state here predicts the first response token
         rows.extend([row] * len(episode.response))
         columns.extend(range(first, first + len(episode.response)))
         targets.extend(episode.response)
-    to = {"device": device, "dtype": torch.long}
     return EpisodeBatch(
         ids_BL,
         mask_BL,
-        torch.tensor(rows, **to),  # type: ignore[call-overload]
-        torch.tensor(columns, **to),  # type: ignore[call-overload]
-        torch.tensor(targets, **to),  # type: ignore[call-overload]
+        torch.tensor(rows, device=device),
+        torch.tensor(columns, device=device),
+        torch.tensor(targets, device=device),
         tuple(len(episode.response) for episode in episodes),
     )
 

@@ -1,0 +1,120 @@
+"""What an unfinished PPO stage needs to go on: adapters, heads, optimizer, controller, counters.
+
+A checkpoint is a folder that appears by one rename and carries the digest of each of its files. One that is
+torn, edited or made from other inputs is passed over for the one before it. Safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.artifacts import file_digest
+from pipeline.run_directory import read_json, write_json
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its folder and the JSON state in it."""
+
+    folder: Path
+    step: int
+    state: Mapping[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one stage.
+
+    Args:
+        root: folder that holds them, one folder a step.
+        inputs_digest: identity of what the stage is made from; checkpoints of other inputs do not count.
+        keep_last: how many are kept.
+    """
+
+    def __init__(self, root: Path, *, inputs_digest: str, keep_last: int) -> None:
+        self._root, self._inputs_digest, self._keep_last = root, inputs_digest, keep_last
+
+    def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+        """Write a checkpoint; it counts when it is whole.
+
+        Args:
+            step: iterations that are done.
+            state: JSON-able counters and controller states.
+            write: writes the tensors into the folder that it is given.
+        """
+        self._root.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._root))
+        try:
+            write(draft)
+            files = {
+                path.relative_to(draft).as_posix(): file_digest(path)
+                for path in sorted(draft.rglob("*"))
+                if path.is_file()
+            }
+            content = {"inputs_digest": self._inputs_digest, "step": step, "files": files, "state": dict(state)}
+            write_json(draft / STATE, content)
+            target = self._root / f"{step:08d}"
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(draft, target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        for old in list(self._folders())[self._keep_last :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that is whole and was made from the same inputs; None if there is none.
+
+        Args:
+            warn: told of each one that is passed over, and why.
+        """
+        for folder in self._folders():
+            try:
+                content = read_json(folder / STATE)
+                if content["inputs_digest"] != self._inputs_digest:
+                    warn(f"checkpoint {folder.name} was made from other data or settings; it is not used")
+                    continue
+                torn = [name for name, expected in content["files"].items() if file_digest(folder / name) != expected]
+                if not torn:
+                    return Checkpoint(folder, int(content["step"]), content["state"])
+                warn(f"checkpoint {folder.name} is damaged ({torn[0]}); the one before it is used")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                warn(f"checkpoint {folder.name} is not complete ({error}); the one before it is used")
+        return None
+
+    def _folders(self) -> Iterator[Path]:
+        """Newest first."""
+        if self._root.exists():
+            yield from sorted((path for path in self._root.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
+    """Write an optimizer's state tensors under the names of their parameters."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in named.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
+    """Read back what `save_optimizer` wrote.
+
+    Raises:
+        KeyError: the file names a parameter that the optimizer does not have.
+    """
+    for key, tensor in load_file(path).items():
+        name, _, entry = key.rpartition("/")
+        parameter = named[name]
+        # Adam keeps its step counter on the CPU, whatever the device of the parameter.
+        optimizer.state[parameter][entry] = tensor if entry == "step" else tensor.to(parameter.device)

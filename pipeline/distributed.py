@@ -1,0 +1,100 @@
+"""The processes of a stage, seen from one of them; seeding and determinism.
+
+PPO needs no wrapper around the model for data parallelism: every process holds the same adapters, and their
+gradients, which are small, are summed after the last microbatch. A loss that is a sum over tokens divided by
+the global token count then does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+Item = TypeVar("Item")
+
+
+class World:
+    """All processes of the stage. With one process every operation is the identity."""
+
+    def __init__(self) -> None:
+        self._state = PartialState(cpu=not torch.cuda.is_available())
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return int(self._state.process_index)
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return int(self._state.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return cast(torch.device, self._state.device)
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of a list that all processes hold, in equal contiguous parts."""
+        each = len(items) // self.size
+        assert each * self.size == len(items), f"{len(items)} items do not divide among {self.size} processes"
+        return items[self.rank * each : (self.rank + 1) * each]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over all processes."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().clone().to(self.device)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def maximum(self, number: float) -> float:
+        """The largest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum every parameter's gradient over all processes, in place; a missing one counts as zero."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """All processes' items, in the order of their ranks."""
+        if self.size == 1:
+            return list(items)
+        return cast(list[Item], gather_object(list(items)))
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self._state.wait_for_everyone()
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed the global generators; with `deterministic`, ask torch for kernels that give the same bytes again.
+
+    Sampling and shuffling do not use the global generators: their seeds are derived from what they are for.
+    """
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False

@@ -1,0 +1,120 @@
+"""PPO's start-up gates: in every run, in seconds, before the first iteration.
+
+Each one is a silent failure of some well-known trainer. They use a few of the run's own prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.artifacts import Manifest
+from pipeline.config import PPOSettings
+from pipeline.errors import StartupGateError
+from pipeline.generation import SamplingSettings, generate
+from pipeline.records import Prompt
+from pipeline.roles import Roles
+from pipeline.scoring import Episode, batch_episodes, score_logprobs, score_rewards
+
+_PROMPTS = 4
+_NEW_TOKENS = 16
+_REWARD_TOLERANCE = 1e-3
+"""Of a raw score, relative to 1 + its size: another device or torch may round otherwise, another model differs more."""
+
+
+def check_startup(
+    roles: Roles, prompts: Sequence[Prompt], ppo: PPOSettings, *, seed: int, policy_is_reference: bool
+) -> dict[str, float]:
+    """Run the gates that need only the roles.
+
+    Args:
+        policy_is_reference: True before the first update: the policy is still a copy of the reference.
+
+    Returns:
+        what was measured: `kl` (nats, largest of any token), `logits_gap`, `sampler_gap` (mean, nats).
+
+    Raises:
+        StartupGateError: naming the gate, what it measured, and what that means.
+    """
+    _check_trainable(roles)
+    chat = roles.base.chat
+    prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts[:_PROMPTS]]
+    sampling = SamplingSettings(min(_NEW_TOKENS, ppo.max_new_tokens), temperature=ppo.temperature)
+    responses = generate(roles, "policy", prompt_ids, sampling, seed=(seed, "gates"))
+    episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
+
+    def logprobs(role: str) -> torch.Tensor:
+        rows = score_logprobs(
+            roles,
+            role,  # type: ignore[arg-type]
+            episodes,
+            temperature=ppo.temperature,
+            max_tokens=ppo.microbatch_tokens,
+        )
+        return torch.cat(rows)
+
+    policy_N = logprobs("policy")
+    measured = {"logits_gap": _check_logits(roles, episodes)}
+    if policy_is_reference:
+        measured["kl"] = float((policy_N - logprobs("reference")).abs().max())
+        if measured["kl"] != 0.0:
+            raise StartupGateError(
+                f"policy and reference differ by {measured['kl']:.3g} nats before the first update",
+                remedy="They should be the same adapter in the same arithmetic: this is a bug, please report it.",
+            )
+    sampled_N = torch.tensor([value for response in responses for value in response.logprobs])
+    measured["sampler_gap"] = float((policy_N.cpu() - sampled_N).abs().mean())
+    return measured
+
+
+def _check_trainable(roles: Roles) -> None:
+    """What learns is what was declared, under every role that is active in an update."""
+    for role in roles.model.peft_config:
+        with roles.active(role):  # type: ignore[arg-type]
+            learning, declared = roles.trainable_names(), roles.declared_names()
+            if learning != declared:
+                odd = sorted(learning ^ declared)[0]
+                state = "learns, but should not" if odd in learning else "should learn, but does not"
+                raise StartupGateError(f"with the role '{role}' active, the parameter {odd} {state}")
+
+
+def _check_logits(roles: Roles, episodes: Sequence[Episode]) -> float:
+    """The output head as PPO applies it to hidden states gives the model's own logits."""
+    batch = batch_episodes(episodes[:1], roles.device)
+    roles.inference_mode()
+    with torch.no_grad(), roles.active("policy"):
+        ours = roles.logits(roles.hidden_states(batch.ids_BL, batch.mask_BL)).float()
+        theirs = roles.model(input_ids=batch.ids_BL, attention_mask=batch.mask_BL.long()).logits.float()
+    gap = float((ours - theirs).abs().max() / (1 + theirs.abs().max()))
+    if not gap <= 1e-2:
+        raise StartupGateError(
+            f"the logits from hidden states differ from the model's own by {gap:.3g} (relative)",
+            remedy="This architecture scales its logits in a way that trivet does not know; please report it.",
+        )
+    return gap
+
+
+def check_reward_round_trip(roles: Roles, manifest: Manifest, folder: Path) -> float:
+    """The reward adapter scores its own probe as it did when it was trained.
+
+    Returns:
+        the largest difference from the stored scores; 0 on the machine that trained it.
+
+    Raises:
+        StartupGateError: it does not.
+    """
+    gap = 0.0
+    for entry in manifest.extra.get("probe", []):
+        # One sequence at a time, as in training: no padding, no other rounding.
+        score = float(score_rewards(roles, [entry["ids"]], max_tokens=1))
+        difference = abs(score - entry["score"])
+        if not difference <= _REWARD_TOLERANCE * (1 + abs(entry["score"])):
+            raise StartupGateError(
+                f"the reward adapter scores a sequence {score:.6g} that it scored {entry['score']:.6g} when trained",
+                where=str(folder),
+                remedy="Train it again: trivet reward CONFIG --force.",
+            )
+        gap = max(gap, difference)
+    return gap

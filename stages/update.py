@@ -1,0 +1,255 @@
+"""PPO's update: epochs of minibatches over one round's experience.
+
+Shape legend: B response, T response token, N response token of any response of a microbatch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.batching import group_by_tokens
+from pipeline.config import PPOSettings
+from pipeline.distributed import World
+from pipeline.errors import DivergenceError, StartupGateError
+from pipeline.generation import derive_seed
+from pipeline.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
+from pipeline.roles import Role, Roles
+from pipeline.scoring import batch_episodes, head_values, policy_logprobs
+from stages.experience import Experience
+
+
+@dataclass
+class UpdateStatistics:
+    """Sums over the update's tokens, to be divided by their number; maxima as they are."""
+
+    tokens: float = 0.0
+    policy_loss: float = 0.0
+    value_loss: float = 0.0
+    clipped: float = 0.0
+    values_clipped: float = 0.0
+    approx_kl: float = 0.0
+    entropy: float = 0.0
+    ratio_max: float = 0.0
+    first_ratio_error: float | None = None
+    gradient_norms: dict[Role, list[float]] = field(default_factory=dict)
+
+    def metrics(self, world: World) -> dict[str, float]:
+        """Means over all processes' tokens, under the names that are logged."""
+        sums = torch.tensor(
+            [self.tokens, self.clipped, self.values_clipped, self.approx_kl, self.entropy], dtype=torch.float64
+        )
+        tokens, clipped, values_clipped, approx_kl, entropy = world.sum(sums).tolist()
+        losses = world.sum(torch.tensor([self.policy_loss, self.value_loss], dtype=torch.float64)).tolist()
+        steps = max(1, max((len(norms) for norms in self.gradient_norms.values()), default=1))
+        metrics = {
+            "policy/loss": losses[0] / steps,
+            "policy/clip_fraction": clipped / tokens,
+            "policy/approx_kl": approx_kl / tokens,
+            "policy/entropy": entropy / tokens,
+            "policy/ratio_max": world.maximum(self.ratio_max),
+            "value/loss": losses[1] / steps,
+            "value/clip_fraction": values_clipped / tokens,
+        }
+        for role, norms in self.gradient_norms.items():
+            metrics[f"{role}/gradient_norm"] = sum(norms) / len(norms)
+        return metrics
+
+
+class Updater:
+    """Makes the optimizer steps of a round.
+
+    Args:
+        roles: with `policy` trainable, and `value` (its adapter only with `critic: adapter`).
+        optimizer: over the parameters of both roles.
+        ppo: the settings.
+        seed: the run's; minibatches follow from (seed, iteration, epoch, rank).
+        world: all processes.
+    """
+
+    def __init__(
+        self, roles: Roles, optimizer: torch.optim.Optimizer, ppo: PPOSettings, *, seed: int, world: World
+    ) -> None:
+        self._roles, self._optimizer, self._ppo, self._seed, self._world = roles, optimizer, ppo, seed, world
+        self._parameters: Mapping[Role, list[nn.Parameter]] = {
+            role: list(roles.parameters(role).values()) for role in ("policy", "value")
+        }
+
+    def update(self, experience: Experience, iteration: int, *, critic_only: bool) -> UpdateStatistics:
+        """Learn from a round.
+
+        Args:
+            iteration: 0-based, for seeds and messages.
+            critic_only: True in the critic's warm-up: the policy stands still.
+
+        Raises:
+            DivergenceError: a loss or gradient is not finite; no step was made with it.
+            StartupGateError: on the first minibatch the ratio is not 1 within `ppo.ratio_tolerance`.
+        """
+        self._roles.training_mode(gradient_checkpointing=self._ppo.gradient_checkpointing)
+        statistics = UpdateStatistics()
+        for epoch in range(self._ppo.epochs):
+            for number, rows in enumerate(self._minibatches(len(experience.episodes), iteration, epoch)):
+                where = f"iteration {iteration + 1}, epoch {epoch + 1}, minibatch {number + 1}"
+                self._step(experience, rows, statistics, critic_only=critic_only, where=where)
+        self._roles.inference_mode()
+        return statistics
+
+    def timed_update(
+        self, experience: Experience, iteration: int, *, critic_only: bool
+    ) -> tuple[UpdateStatistics, float]:
+        """`update`, and the seconds that it took."""
+        started = time.monotonic()
+        return self.update(experience, iteration, critic_only=critic_only), time.monotonic() - started
+
+    def _minibatches(self, responses: int, iteration: int, epoch: int) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(
+            derive_seed(self._seed, "minibatches", iteration, epoch, self._world.rank)
+        )
+        order = torch.randperm(responses, generator=generator).tolist()
+        each = self._ppo.minibatch_size // self._world.size
+        for start in range(0, responses, each):
+            yield order[start : start + each]
+
+    def _step(
+        self,
+        experience: Experience,
+        rows: list[int],
+        statistics: UpdateStatistics,
+        *,
+        critic_only: bool,
+        where: str,
+    ) -> None:
+        local_tokens = experience.lengths_B[rows].sum()
+        normalizer = float(self._world.sum(local_tokens))
+        self._optimizer.zero_grad(set_to_none=True)
+        lengths = [len(experience.episodes[row].ids) for row in rows]
+        microbatches = [
+            [rows[index] for index in group] for group in group_by_tokens(lengths, self._ppo.microbatch_tokens)
+        ]
+        statistics.tokens += float(local_tokens)
+        # One role after the other, each with its backward inside: see PPO on one base in `pipeline.roles`.
+        separate_critic = self._ppo.critic == "adapter"
+        if not (critic_only and separate_critic):
+            with self._roles.active("policy"):
+                for microbatch in microbatches:
+                    self._policy_backward(experience, microbatch, normalizer, statistics, critic_only=critic_only)
+        if separate_critic:
+            with self._roles.active("value"):
+                for microbatch in microbatches:
+                    self._critic_backward(experience, microbatch, normalizer, statistics)
+        self._check_first_ratio(statistics, where)
+        trained: list[Role] = ["value"] if critic_only else ["policy", "value"]
+        for role in trained:
+            parameters = self._parameters[role]
+            self._world.sum_gradients(parameters)
+            norm = float(nn.utils.clip_grad_norm_(parameters, self._ppo.max_grad_norm))
+            if norm != norm or norm == float("inf"):
+                raise DivergenceError(
+                    f"the gradient of the {role} is not finite (norm {norm})",
+                    where=where,
+                    remedy="Lower ppo.learning_rate or raise ppo.kl.coefficient; the last checkpoint is intact.",
+                )
+            statistics.gradient_norms.setdefault(role, []).append(norm)
+        self._optimizer.step()
+
+    def _policy_backward(
+        self,
+        experience: Experience,
+        rows: list[int],
+        normalizer: float,
+        statistics: UpdateStatistics,
+        *,
+        critic_only: bool,
+    ) -> None:
+        """Policy loss, and with `critic: head` the value loss on the same trunk, for one microbatch."""
+        roles, ppo = self._roles, self._ppo
+        batch = batch_episodes([experience.episodes[row] for row in rows], roles.device)
+        loss = torch.zeros((), device=roles.device)
+        with torch.set_grad_enabled(not critic_only):
+            hidden_BLD = roles.hidden_states(batch.ids_BL, batch.mask_BL)
+            if not critic_only:
+                new = policy_logprobs(roles, hidden_BLD, batch, temperature=ppo.temperature, with_entropy=True)
+                assert new.entropy_N is not None
+                policy = policy_loss(
+                    new.logprobs_N[None],
+                    _take(experience.logprobs_BT, experience, rows),
+                    _take(experience.advantages_BT, experience, rows),
+                    _all_valid(new.logprobs_N),
+                    clip_range=ppo.clip_range,
+                    normalizer=normalizer,
+                )
+                _note_policy(statistics, policy, new.entropy_N)
+                if statistics.first_ratio_error is None or not statistics.gradient_norms:
+                    error = float(
+                        ((new.logprobs_N[None] - _take(experience.logprobs_BT, experience, rows)).exp() - 1).abs().max()
+                    )
+                    statistics.first_ratio_error = max(statistics.first_ratio_error or 0.0, error)
+                loss = loss + policy.loss
+        if ppo.critic == "head":
+            values_N = head_values(roles, "value", hidden_BLD.detach() if critic_only else hidden_BLD, batch)
+            value = self._value_loss(experience, rows, values_N, normalizer)
+            _note_value(statistics, value)
+            loss = loss + ppo.value_loss_coefficient * value.loss
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _critic_backward(
+        self, experience: Experience, rows: list[int], normalizer: float, statistics: UpdateStatistics
+    ) -> None:
+        batch = batch_episodes([experience.episodes[row] for row in rows], self._roles.device)
+        hidden_BLD = self._roles.hidden_states(batch.ids_BL, batch.mask_BL)
+        values_N = head_values(self._roles, "value", hidden_BLD, batch)
+        value = self._value_loss(experience, rows, values_N, normalizer)
+        _note_value(statistics, value)
+        value.loss.backward()  # type: ignore[no-untyped-call]
+
+    def _value_loss(self, experience: Experience, rows: list[int], values_N: Tensor, normalizer: float) -> ValueLoss:
+        return value_loss(
+            values_N[None],
+            _take(experience.values_BT, experience, rows),
+            _take(experience.returns_BT, experience, rows),
+            _all_valid(values_N),
+            clip_range=self._ppo.value_clip_range,
+            normalizer=normalizer,
+        )
+
+    def _check_first_ratio(self, statistics: UpdateStatistics, where: str) -> None:
+        """On a round's first minibatch old and new log-probabilities are the same model's."""
+        if statistics.gradient_norms or statistics.first_ratio_error is None:
+            return
+        sixteen_bit = self._roles.base.model.dtype in (torch.bfloat16, torch.float16)
+        tolerance = self._ppo.ratio_tolerance or (0.3 if sixteen_bit else 1e-3)
+        if not statistics.first_ratio_error <= tolerance:
+            raise StartupGateError(
+                f"before any update the probability ratio differs from 1 by {statistics.first_ratio_error:.3g},"
+                f" which is above {tolerance:g}",
+                where=where,
+                remedy="Old and new log-probabilities come from different arithmetic; if that is only rounding,"
+                " raise ppo.ratio_tolerance.",
+            )
+
+
+def _take(values_BT: Tensor, experience: Experience, rows: list[int]) -> Tensor:
+    """The response tokens of some rows, one after the other: [1, N]."""
+    return values_BT[rows][experience.mask_BT[rows]][None]
+
+
+def _all_valid(values_N: Tensor) -> Tensor:
+    return torch.ones_like(values_N, dtype=torch.bool)[None]
+
+
+def _note_policy(statistics: UpdateStatistics, policy: PolicyLoss, entropy_N: Tensor) -> None:
+    statistics.policy_loss += float(policy.loss.detach())
+    statistics.clipped += float(policy.clip_fraction_sum)
+    statistics.approx_kl += float(policy.approx_kl_k3_sum)
+    statistics.entropy += float(entropy_N.detach().sum())
+    statistics.ratio_max = max(statistics.ratio_max, float(policy.ratio_max))
+
+
+def _note_value(statistics: UpdateStatistics, value: ValueLoss) -> None:
+    statistics.value_loss += float(value.loss.detach())
+    statistics.values_clipped += float(value.clip_fraction_sum)
