@@ -272,8 +272,8 @@ class PPOSettings(Section):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
     ratio_tolerance: float | None = Field(None, gt=0)
-    """How far from 1 the ratio may be before the first update. None: 0.001 in float32, 0.3 in 16 bits
-    (the largest error of any token; the mean is some thirty times smaller)."""
+    """How far from 1 the ratio may be before the first update. None: 0.001 in float32, 0.3 in 16 bits or
+    int8 (the largest error of any token; the mean is some thirty times smaller)."""
     checkpoint_every: int = Field(5, ge=1)
     """Iterations between two checkpoints to resume from."""
     keep_last: int = Field(2, ge=1)

@@ -234,10 +234,13 @@ class Roles:
         A recomputation runs under the role that its forward ran under, whatever is active by then.
         """
         model: Any = self._causal_model
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._pinned_to_active_role})
-        else:
-            model.gradient_checkpointing_disable()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # renamed in transformers 5.23; the old name works in all of 5
+            if gradient_checkpointing:
+                options = {"use_reentrant": False, "context_fn": self._pinned_to_active_role}
+                model.gradient_checkpointing_enable(options)
+            else:
+                model.gradient_checkpointing_disable()
         self.model.train()
 
     def inference_mode(self) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets import fingerprint
-from pipeline.functions import function_digest
 
 import pipeline
 from pipeline.artifacts import Manifest, digest, read_manifest
@@ -14,6 +13,7 @@ from pipeline.base_source import locate
 from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
 from pipeline.errors import ArtifactError
+from pipeline.functions import function_digest
 from pipeline.run_directory import RunDirectory, StageName
 
 _NOT_IN_THE_RESULT = {"log_every", "checkpoint_every", "keep_last"}
@@ -26,10 +26,9 @@ def parents_of(stage: StageName, config: PipelineConfig) -> tuple[StageName, ...
         return ()
     if stage == "reward":
         return ("sft",)  # its samples calibrate the scores, also where the adapter starts from the base
-    reward: tuple[StageName, ...] = ("reward",) if config.trains_reward_model else ()
     if stage == "ppo":
-        return ("sft", *reward)
-    return ("sft", *reward, "ppo")
+        return ("sft", "reward") if config.needs_reward_model else ("sft",)
+    return ("sft", "reward", "ppo") if config.trains_reward_model else ("sft", "ppo")
 
 
 def stage_inputs(stage: StageName, config: PipelineConfig, run: RunDirectory) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     chat = ChatFormat(load_tokenizer(config.base))
     prompts = load_prompts(config.data, chat, ppo.max_prompt_tokens).train
     RewardSum(ppo.rewards, model_scores=None).probe(prompts)
+    inputs_digest = digest(stage_inputs("ppo", config, run))
 
     # Adapters: the reference is the SFT adapter, the policy starts as its copy.
     base = load_base(config.base, world.device)
@@ -94,7 +95,6 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     optimizer = make_optimizer(roles, ppo)
     kl = make_controller(ppo)
     updater = Updater(roles, optimizer, ppo, seed=config.seed, world=world)
-    inputs_digest = digest(stage_inputs("ppo", config, run))
     checkpoints = CheckpointFolder(
         run.working("ppo") / "checkpoints", inputs_digest=inputs_digest, keep_last=ppo.keep_last
     )

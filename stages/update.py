@@ -184,10 +184,9 @@ class Updater:
                     normalizer=normalizer,
                 )
                 _note_policy(statistics, policy, new.entropy_N)
-                if statistics.first_ratio_error is None or not statistics.gradient_norms:
-                    error = float(
-                        ((new.logprobs_N[None] - _take(experience.logprobs_BT, experience, rows)).exp() - 1).abs().max()
-                    )
+                if not statistics.gradient_norms:
+                    old_N = _take(experience.logprobs_BT, experience, rows)[0]
+                    error = float((torch.exp(new.logprobs_N.detach() - old_N) - 1).abs().max())
                     statistics.first_ratio_error = max(statistics.first_ratio_error or 0.0, error)
                 loss = loss + policy.loss
         if ppo.critic == "head":
@@ -221,8 +220,10 @@ class Updater:
         """On a round's first minibatch old and new log-probabilities are the same model's."""
         if statistics.gradient_norms or statistics.first_ratio_error is None:
             return
-        sixteen_bit = self._roles.base.model.dtype in (torch.bfloat16, torch.float16)
-        tolerance = self._ppo.ratio_tolerance or (0.3 if sixteen_bit else 1e-3)
+        # int8 kernels round activations by what else is in the batch, as coarsely as 16-bit arithmetic does.
+        arithmetic = self._roles.base.identity.quantization
+        coarse = arithmetic.startswith("int8") or not arithmetic.endswith("float32")
+        tolerance = self._ppo.ratio_tolerance or (0.3 if coarse else 1e-3)
         if not statistics.first_ratio_error <= tolerance:
             raise StartupGateError(
                 f"before any update the probability ratio differs from 1 by {statistics.first_ratio_error:.3g},"

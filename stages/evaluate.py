@@ -1,0 +1,204 @@
+"""Stage 4: is the policy better than SFT? Both answer held-out prompts; judges compare the answers.
+
+    win rate = (wins + ties / 2) / n,   KL = E_policy[ sum_t log pi - log pi_SFT ]
+
+Judges are the reward model, every reward function, and the gold measure, which training never saw. Win rates
+come with Wilson's 95% interval, means with the normal one. Left out: judges that need a network.
+
+    python -m stages.evaluate CONFIG [key=value ...]
+    accelerate launch -m stages.evaluate CONFIG
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.artifacts import Manifest, read_manifest
+from pipeline.base_model import fingerprint, load_base, load_tokenizer
+from pipeline.chat import ChatFormat
+from pipeline.config_file import LoadedConfig
+from pipeline.datasets import load_prompts
+from pipeline.distributed import seed_everything
+from pipeline.errors import StartupGateError
+from pipeline.generation import Response, SamplingSettings, generate
+from pipeline.kl import kl_k1
+from pipeline.progress import progress
+from pipeline.records import Prompt, as_plain
+from pipeline.rewards import Calibration, RewardFunction
+from pipeline.roles import Role, Roles
+from pipeline.run_directory import RunDirectory, write_json
+from pipeline.scoring import Episode, score_logprobs, score_rewards
+from pipeline.statistics import mean_interval, win_rate
+from stages.command import stage_main
+from stages.result import StageClock, finish
+
+CONTESTANTS: tuple[tuple[str, Role], ...] = (("sft", "reference"), ("ppo", "policy"))
+"""Who answers, under which role."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One contestant's answers to all prompts."""
+
+    episodes: list[Episode]
+    texts: list[str]
+    finished: list[bool]
+
+
+def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
+    """Compare the PPO policy with the SFT policy; returns the manifest of the finished stage.
+
+    Raises:
+        DataError, RewardFunctionError: before a model is loaded.
+        IncompatibleAdapterError, ArtifactError: an adapter does not fit or is damaged.
+    """
+    config, clock = loaded.config, StageClock()
+    seed_everything(config.seed, deterministic=config.deterministic)
+
+    # Data and judges.
+    chat = ChatFormat(load_tokenizer(config.base))
+    prompts = load_prompts(config.data, chat, config.ppo.max_prompt_tokens).held_out[: config.evaluate.prompts]
+    functions = {
+        source.name: RewardFunction(source.function) for source in config.ppo.rewards if source.function is not None
+    }
+    if config.evaluate.gold is not None:
+        functions["gold"] = RewardFunction(config.evaluate.gold, what="gold function")
+    for function in functions.values():
+        function.probe(prompts)
+
+    # Adapters.
+    base = load_base(config.base)
+    fingerprint_before = fingerprint(base.model)
+    roles = Roles(base)
+    roles.add_from("reference", run.stage("sft"))
+    roles.add_from("policy", run.stage("ppo"))
+    reward_manifest = roles.add_from("reward", run.stage("reward")) if config.trains_reward_model else None
+    roles.set_trainable()
+    roles.disable_dropout()
+
+    # Answer.
+    sampling = SamplingSettings(
+        max_new_tokens=config.evaluation_max_new_tokens,
+        temperature=config.evaluation_temperature,
+        batch_size=config.evaluate.batch_size,
+    )
+    answers = {}
+    with progress(2 * len(prompts), "evaluate", "answers") as bar:
+        for name, role in CONTESTANTS:
+            answers[name] = answer(
+                roles, role, prompts, sampling, seed=(config.seed, "evaluate"), on_batch=lambda done: bar.advance(done)
+            )
+
+    # Judge.
+    scores: dict[str, dict[str, list[float]]] = {}
+    if reward_manifest is not None:
+        assert reward_manifest.reward_gain is not None and reward_manifest.reward_bias is not None
+        calibration = Calibration(reward_manifest.reward_gain, reward_manifest.reward_bias)
+        scores["reward_model"] = {
+            name: calibration.apply(
+                score_rewards(
+                    roles, [episode.ids for episode in found.episodes], max_tokens=config.ppo.microbatch_tokens
+                )
+            ).tolist()
+            for name, found in answers.items()
+        }
+    for judge, function in functions.items():
+        scores[judge] = {name: function(prompts, found.texts) for name, found in answers.items()}
+    kl_B = policy_kl(
+        roles, answers["ppo"].episodes, temperature=sampling.temperature, max_tokens=config.ppo.microbatch_tokens
+    )
+    if fingerprint(base.model) != fingerprint_before:
+        raise StartupGateError("the quantized base changed during the evaluation; this is a bug, please report it")
+
+    # Result.
+    metrics: dict[str, Any] = {
+        "n": len(prompts),
+        "kl": mean_interval(kl_B.tolist()).as_dict(),
+        "win_rate": {judge: compare(found["ppo"], found["sft"]) for judge, found in scores.items()},
+        "mean_score": {
+            judge: {name: mean_interval(values).as_dict() for name, values in found.items()}
+            for judge, found in scores.items()
+        },
+        "response": {name: describe(found) for name, found in answers.items()},
+    }
+    if reward_manifest is not None:
+        metrics["reward_accuracy"] = read_manifest(run.stage("reward")).metrics["held_out_accuracy"]
+    rows = side_by_side(prompts, answers, scores)
+
+    def save(folder: Path) -> None:
+        with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_json(folder / "samples.json", {"samples": rows[: config.evaluate.samples]})
+
+    return finish("evaluate", "evaluation", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save)
+
+
+def answer(
+    roles: Roles,
+    role: Role,
+    prompts: Sequence[Prompt],
+    sampling: SamplingSettings,
+    *,
+    seed: tuple[int | str, ...],
+    on_batch: Any,
+) -> Answers:
+    """One sampled answer a prompt. Both contestants get the same seeds, so that equal policies answer equally."""
+    chat = roles.base.chat
+    ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
+    responses: list[Response] = generate(roles, role, ids, sampling, seed=seed, on_batch=on_batch)
+    return Answers(
+        [Episode(prompt, response.ids) for prompt, response in zip(ids, responses, strict=True)],
+        [chat.decode(response.ids) for response in responses],
+        [response.finished for response in responses],
+    )
+
+
+def policy_kl(roles: Roles, episodes: Sequence[Episode], *, temperature: float, max_tokens: int) -> Tensor:
+    """KL(policy || SFT) of each response in nats: the sum of k1 over its tokens, on the policy's own samples; [B]."""
+    policy = score_logprobs(roles, "policy", episodes, temperature=temperature, max_tokens=max_tokens)
+    reference = score_logprobs(roles, "reference", episodes, temperature=temperature, max_tokens=max_tokens)
+    return torch.stack([kl_k1(ours, theirs).sum() for ours, theirs in zip(policy, reference, strict=True)]).cpu()
+
+
+def compare(challenger: Sequence[float], incumbent: Sequence[float]) -> dict[str, float]:
+    """Win rate of the challenger, prompt by prompt; equal scores are ties."""
+    wins = sum(ours > theirs for ours, theirs in zip(challenger, incumbent, strict=True))
+    losses = sum(ours < theirs for ours, theirs in zip(challenger, incumbent, strict=True))
+    ties = len(challenger) - wins - losses
+    return win_rate(wins, ties, losses).as_dict() | {"wins": wins, "ties": ties, "losses": losses}
+
+
+def describe(answers: Answers) -> dict[str, Any]:
+    """Length in tokens, with its interval, and the share of answers that end by themselves."""
+    return {
+        "length": mean_interval([float(len(episode.response)) for episode in answers.episodes]).as_dict(),
+        "eos_rate": sum(answers.finished) / len(answers.finished),
+    }
+
+
+def side_by_side(
+    prompts: Sequence[Prompt], answers: dict[str, Answers], scores: dict[str, dict[str, list[float]]]
+) -> list[dict[str, Any]]:
+    """A row a prompt: the prompt, both answers, and what each judge gave them."""
+    return [
+        {
+            "prompt": as_plain(prompt.prompt),
+            "source": str(prompt.origin),
+            **{name: found.texts[index] for name, found in answers.items()},
+            "scores": {
+                judge: {name: values[index] for name, values in found.items()} for judge, found in scores.items()
+            },
+        }
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+if __name__ == "__main__":
+    stage_main("evaluate", run)
