@@ -1,0 +1,243 @@
+"""Stage 1: supervised fine-tuning of the policy on instructions.
+
+    L = - (1/N) sum_i log p(y_i | y_<i, x)        y_i: the N tokens that the assistant says in a step's rows
+
+Ouyang et al. 2022, "Training language models to follow instructions with human feedback", section 3.5. Left out:
+their residual dropout of 0.2 (see `lora.dropout`) and their choice of the epoch by reward-model score. The base
+is quantized and frozen, and a LoRA adapter learns (Dettmers et al. 2023). TRL's SFTTrainer drives the loop; rows
+reach it as token ids, made by the chat format that all stages share.
+
+    python -m stages.sft CONFIG                          one process
+    accelerate launch --num_processes 8 -m stages.sft CONFIG launch.processes=8
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import set_seed
+from trl import SFTTrainer
+
+from pipeline.artifacts import Manifest, read_manifest
+from pipeline.base_model import fingerprint, load_base, load_tokenizer
+from pipeline.batching import group_by_tokens, pad
+from pipeline.chat import ChatFormat
+from pipeline.config_file import LoadedConfig
+from pipeline.datasets import load_instructions
+from pipeline.errors import ConfigError
+from pipeline.logprobs import token_logprobs
+from pipeline.progress import progress
+from pipeline.records import Demonstration, TokenizedExample
+from pipeline.roles import Role, Roles
+from pipeline.run_directory import RunDirectory
+from pipeline.scalar_head import trunk_of
+from pipeline.scoring import LOGIT_CHUNK_TOKENS
+from pipeline.trl_options import sft_arguments
+from stages.command import stage_main
+from stages.result import StageClock, finish
+from stages.trl_training import (
+    TrainingReport,
+    checkpoint_folder,
+    find_checkpoint,
+    padding_tokenizer,
+    quiet_libraries,
+    require_unchanged_base,
+    train,
+)
+
+IGNORED = -100
+"""The label of a token that the loss does not see."""
+
+
+def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
+    """Train the policy's adapter and publish it.
+
+    Returns:
+        the finished stage's manifest.
+
+    Raises:
+        ConfigError, DataError: before the base's weights are loaded.
+        BaseModelError: the base cannot be used, or would have changed.
+        DivergenceError: a gradient that is not finite.
+    """
+    clock = StageClock()
+
+    # 1. Config
+    config, settings = loaded.config, loaded.config.sft
+    quiet_libraries()
+    arguments = sft_arguments(config, checkpoint_folder("sft", run))
+    checkpoint = find_checkpoint("sft", loaded, run)
+
+    # 2. Data, which is checked before the weights are loaded
+    chat = ChatFormat(load_tokenizer(config.base))
+    split = load_instructions(config.data, chat, settings.max_length)
+    train_rows, held_out_rows = tokenize(chat, split.train), tokenize(chat, split.held_out)
+
+    # 3. Adapters
+    base = load_base(config.base, arguments.device)
+    base_before = fingerprint(base.model)
+    set_seed(arguments.seed)
+    roles = Roles(base)
+    roles.add_fresh("policy", config.lora)
+    roles.set_trainable("policy")
+
+    # 4. Optimizer
+    trainer = build_trainer(roles, arguments, train_rows, held_out_rows)
+    require_separate_rows(roles, trainer)
+    eval_tokens = settings.microbatch_size * settings.max_length
+    loss_before = held_out_loss(roles, None, held_out_rows, trainer.accelerator, eval_tokens)
+
+    # 5. Loop
+    train_loss = train(trainer, TrainingReport("sft", run), checkpoint)
+
+    # 6. Result
+    loss_after = held_out_loss(roles, "policy", held_out_rows, trainer.accelerator, eval_tokens)
+    require_unchanged_base(base, base_before)
+    metrics = {
+        "train_loss": train_loss,
+        "held_out_loss_before": loss_before,
+        "held_out_loss_after": loss_after,
+        "held_out_perplexity_before": perplexity(loss_before),
+        "held_out_perplexity_after": perplexity(loss_after),
+        "steps": trainer.state.global_step,
+        "rows": len(train_rows),
+        "held_out_rows": len(held_out_rows),
+        "tokens": sum(len(row.ids) for row in train_rows),
+        "assistant_tokens": sum(sum(row.loss_mask) for row in train_rows),
+    }
+    if trainer.accelerator.is_main_process:
+        finish(
+            "sft",
+            "policy",
+            loaded,
+            run,
+            base=base.identity,
+            clock=clock,
+            metrics=metrics,
+            save=lambda folder: roles.save("policy", folder),
+            extra={"data": [asdict(report) for report in split.reports]},
+        )
+    trainer.accelerator.wait_for_everyone()
+    return read_manifest(run.stage("sft"))
+
+
+def tokenize(chat: ChatFormat, records: Sequence[Demonstration]) -> list[TokenizedExample]:
+    """Records -> token ids with the mask of what the assistant says."""
+    return [chat.example(record.prompt, record.completion) for record in records]
+
+
+def as_dataset(rows: Sequence[TokenizedExample]) -> Dataset:
+    """Rows as TRL takes them ready-made: `input_ids`, and `labels` that are ignored where nobody is to learn."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [list(row.ids) for row in rows],
+            "labels": [
+                [token if said else IGNORED for token, said in zip(row.ids, row.loss_mask, strict=True)] for row in rows
+            ],
+        }
+    )
+
+
+def build_trainer(
+    roles: Roles, arguments: Any, train_rows: Sequence[TokenizedExample], held_out_rows: Sequence[TokenizedExample]
+) -> SFTTrainer:
+    """TRL's trainer on the policy's adapter, which stays in float32."""
+    exact = {name: parameter.data for name, parameter in roles.parameters("policy").items()}
+    trainer = SFTTrainer(
+        model=roles.model,
+        args=arguments,
+        train_dataset=as_dataset(train_rows),
+        eval_dataset=as_dataset(held_out_rows) if held_out_rows else None,
+        processing_class=padding_tokenizer(roles.base.chat),
+    )
+    # On a quantized base TRL rounds adapters to bfloat16, in which small updates are lost.
+    for name, parameter in roles.parameters("policy").items():
+        parameter.data = exact[name]
+    return trainer
+
+
+@torch.no_grad()
+def require_separate_rows(roles: Roles, trainer: SFTTrainer) -> None:
+    """Where rows share a sequence, prove on the loaded model that they do not see each other.
+
+    That depends on the architecture and on the attention kernel: both must heed the restarting positions.
+
+    Raises:
+        ConfigError: what stands in the first row changes the second.
+    """
+    if not trainer.padding_free:
+        return
+    row = list(trainer.train_dataset[0]["input_ids"])[:16]
+
+    def second_row(first: list[int]) -> torch.Tensor:
+        batch = trainer.data_collator([{"input_ids": ids, "labels": ids} for ids in (first, row)])
+        inputs = {
+            name: value.to(roles.device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+            if name != "labels"
+        }
+        hidden_BLD = trunk_of(roles.base.model)(**inputs, use_cache=False).last_hidden_state
+        return hidden_BLD[0, len(first) :].float()
+
+    roles.inference_mode()
+    with roles.active("policy"):
+        one, other = second_row(row), second_row([roles.base.chat.eos_token_id] * len(row))
+    # The same kernels on the same shapes: what differs is either nothing, or the last bits where an expert's share
+    # of the tokens changes the order of a sum.
+    tolerance = 1e-5 if one.dtype == roles.base.model.dtype else 1e-2
+    if float((one - other).abs().max()) > tolerance * float(other.abs().max()):
+        raise ConfigError(
+            f"rows that share a sequence would see each other: {type(roles.base.model).__name__} with the"
+            f" '{roles.base.model.config._attn_implementation}' attention does not keep them apart",
+            where="sft.packing",
+            remedy="Set sft.packing=false, or another base.attention.",
+        )
+
+
+@torch.no_grad()
+def held_out_loss(
+    roles: Roles, role: Role | None, rows: Sequence[TokenizedExample], accelerator: Accelerator, max_tokens: int
+) -> float | None:
+    """Mean negative log-likelihood of the assistant's tokens in nats, each token of all rows counting the same.
+
+    Args:
+        role: under whose adapter; None is the bare base, which a fresh adapter equals.
+        rows: shared by the processes.
+        max_tokens: tokens of one forward pass, padding included.
+
+    Returns:
+        the loss; None where there are no rows.
+    """
+    if not rows:
+        return None
+    roles.inference_mode()
+    sums = torch.zeros(2, dtype=torch.float64, device=roles.device)
+    mine = list(rows[accelerator.process_index :: accelerator.num_processes])
+    with roles.active(role), progress(len(mine), "sft held-out loss", "rows") as bar:
+        for group in group_by_tokens([len(row.ids) for row in mine], max_tokens):
+            ids_BL, mask_BL = pad([mine[index].ids for index in group], roles.device)
+            said_BL, _ = pad([mine[index].loss_mask for index in group], roles.device)
+            hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
+            said_BT = said_BL[:, 1:].bool()  # the state before a token predicts it
+            logprobs_N = token_logprobs(
+                hidden_BLD[:, :-1][said_BT], ids_BL[:, 1:][said_BT], roles.logits, chunk_tokens=LOGIT_CHUNK_TOKENS
+            ).logprobs_N
+            sums -= torch.stack([logprobs_N.double().sum(), -said_BT.sum().double()])
+            bar.advance(len(group))
+    total, count = accelerator.reduce(sums, "sum").tolist()
+    return float(total / count)
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss), kept within what a float can hold."""
+    return None if loss is None else math.exp(min(loss, 700.0))
+
+
+if __name__ == "__main__":
+    stage_main("sft", run)
