@@ -181,15 +181,16 @@ class Roles:
             self._activate(before)
 
     def _activate(self, role: Role | None) -> None:
-        if role != self._active:
-            tuner: Any = self.model.base_model
-            if role is None:
-                tuner.disable_adapter_layers()
-            else:
-                if self._active is None:
-                    tuner.enable_adapter_layers()
-                self.model.set_adapter(role)
-            self._active = role
+        if role == self._active:
+            return  # a recomputation asks for every layer, and asking PEFT is slow
+        tuner: Any = self.model.base_model
+        if role is None:
+            tuner.disable_adapter_layers()
+        else:
+            if self._active is None:
+                tuner.enable_adapter_layers()
+            self.model.set_adapter(role)
+        self._active = role
         self._apply_requires_grad()
 
     def _apply_requires_grad(self) -> None:
@@ -342,6 +343,8 @@ def reward_model_for_training(base: Base, lora: LoraSettings, start_from: Path |
         tensors = load_file(start_from / ADAPTER_WEIGHTS)
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
     reward_model = RewardModel(base.model)
+    if tensors is not None:
+        tensors[_SCORE_KEY] = reward_model.score.weight.detach().clone()  # the head starts fresh all the same
     model = cast(PeftModel, get_peft_model(cast(Any, reward_model), config, adapter_name="default"))
     if tensors is not None:
         result = set_peft_model_state_dict(model, tensors, adapter_name="default")

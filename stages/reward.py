@@ -1,0 +1,333 @@
+"""Stage 2: the reward model, from pairs of answers of which one was preferred.
+
+    L = - (1/P) sum_p log sigmoid(r(x_p, chosen_p) - r(x_p, rejected_p) - m_p)        p: the P pairs of a step
+
+Stiennon et al. 2020, "Learning to summarize from human feedback", section 3.4; the margin m is Touvron et al. 2023
+(Llama 2), section 3.2.2, and 0 where a row has none. Left out: batching all comparisons of one prompt together
+(Ouyang et al. 2022) and ranking more than two answers. r is a float32 linear map of the trunk's state at the last
+token, under a LoRA adapter that starts as the SFT policy's. TRL's RewardTrainer drives the loop.
+
+A reward's zero and scale mean nothing, so afterwards the SFT policy answers some prompts, and the gain and bias
+that give its scores mean 0 and variance 1 are stored with the adapter.
+
+    python -m stages.reward CONFIG                       one process
+    accelerate launch --num_processes 8 -m stages.reward CONFIG launch.processes=8
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import set_seed
+from trl import RewardTrainer
+
+from pipeline.artifacts import Manifest, read_manifest, require_same_base
+from pipeline.base_model import Base, fingerprint, load_base, load_tokenizer
+from pipeline.batching import group_by_tokens, pad
+from pipeline.chat import ChatFormat
+from pipeline.config import PipelineConfig
+from pipeline.config_file import LoadedConfig
+from pipeline.datasets import load_preferences, load_prompts
+from pipeline.errors import ArtifactError
+from pipeline.generation import SamplingSettings, derive_seed, generate
+from pipeline.progress import progress
+from pipeline.records import Comparison, Text
+from pipeline.rewards import Calibration
+from pipeline.roles import Roles, reward_model_for_training
+from pipeline.run_directory import RunDirectory
+from pipeline.scoring import score_rewards
+from pipeline.statistics import accuracy_longer_wins, win_rate
+from pipeline.trl_options import reward_arguments
+from stages.command import stage_main
+from stages.result import StageClock, finish
+from stages.trl_training import (
+    TrainingReport,
+    checkpoint_folder,
+    find_checkpoint,
+    padding_tokenizer,
+    quiet_libraries,
+    require_unchanged_base,
+    train,
+)
+
+HELD_OUT = "held_out.jsonl"
+"""File of the finished stage: a line a held-out pair, with its scores."""
+ROUND_TRIP_SEQUENCES = 32
+"""Sequences that are scored before saving and after loading."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A comparison as token ids."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    comparison: Comparison
+
+
+def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
+    """Train the reward adapter, measure it, calibrate it and publish it.
+
+    Returns:
+        the finished stage's manifest.
+
+    Raises:
+        ConfigError, DataError: before the base's weights are loaded.
+        ArtifactError: there is no SFT adapter, or the reward adapter does not survive saving and loading.
+        BaseModelError: the base cannot be used, or would have changed.
+        DivergenceError: a gradient that is not finite.
+    """
+    clock = StageClock()
+
+    # 1. Config
+    config, settings = loaded.config, loaded.config.reward
+    quiet_libraries()
+    arguments = reward_arguments(config, checkpoint_folder("reward", run))
+    checkpoint = find_checkpoint("reward", loaded, run)
+
+    # 2. Data, which is checked before the weights are loaded
+    chat = ChatFormat(load_tokenizer(config.base))
+    split = load_preferences(config.data, chat, settings.max_length)
+    train_pairs, held_out_pairs = tokenize(chat, split.train), tokenize(chat, split.held_out)
+    prompts = calibration_prompts(config, chat, split.train)
+
+    # 3. Adapters
+    base = load_base(config.base, arguments.device)
+    base_before = fingerprint(base.model)
+    sft = run.stage("sft")
+    require_same_base(read_manifest(sft), base.identity, sft)
+    set_seed(arguments.seed)
+    model, _ = reward_model_for_training(base, config.lora, sft if settings.start_from == "sft" else None)
+
+    # 4. Optimizer
+    trainer = build_trainer(model, chat, arguments, train_pairs, held_out_pairs)
+
+    # 5. Loop
+    train_loss = train(trainer, TrainingReport("reward", run), checkpoint)
+
+    # 6. Result
+    scoring_tokens = 2 * settings.microbatch_size * settings.max_length
+    sample = [ids for pair in (held_out_pairs or train_pairs) for ids in (pair.chosen, pair.rejected)]
+    sample = sample[:ROUND_TRIP_SEQUENCES]
+    trained_scores = score_while_training(model, sample, base.device, scoring_tokens)
+    roles = as_roles(base, model, sft, run.working("reward") / "adapter")
+    require_same_scores(trained_scores, score_rewards(roles, sample, max_tokens=scoring_tokens))
+    scores = score_pairs(roles, held_out_pairs, scoring_tokens)
+    calibration, calibration_metrics = calibrate(roles, prompts, config, scoring_tokens)
+    require_unchanged_base(base, base_before)
+
+    def save(folder: Path) -> None:
+        roles.save("reward", folder)
+        write_held_out(folder / HELD_OUT, held_out_pairs, scores)
+
+    metrics = {
+        "train_loss": train_loss,
+        **held_out_metrics(held_out_pairs, scores),
+        **calibration_metrics,
+        "steps": trainer.state.global_step,
+        "pairs": len(train_pairs),
+        "held_out_pairs": len(held_out_pairs),
+        "tokens": sum(len(pair.chosen) + len(pair.rejected) for pair in train_pairs),
+    }
+    if trainer.accelerator.is_main_process:
+        finish(
+            "reward",
+            "reward",
+            loaded,
+            run,
+            base=base.identity,
+            clock=clock,
+            metrics=metrics,
+            save=save,
+            calibration=calibration,
+            extra={"data": [asdict(report) for report in split.reports]},
+        )
+    trainer.accelerator.wait_for_everyone()
+    return read_manifest(run.stage("reward"))
+
+
+def tokenize(chat: ChatFormat, comparisons: Sequence[Comparison]) -> list[Pair]:
+    """Comparisons -> token ids, by the function that PPO's sequences come from as well."""
+    return [
+        Pair(chat.example(row.prompt, row.chosen).ids, chat.example(row.prompt, row.rejected).ids, row)
+        for row in comparisons
+    ]
+
+
+def as_dataset(pairs: Sequence[Pair]) -> Dataset:
+    """Pairs as TRL takes them ready-made. Rows without a margin ask for none, beside rows that have one."""
+    columns: dict[str, list[Any]] = {
+        "chosen_ids": [list(pair.chosen) for pair in pairs],
+        "rejected_ids": [list(pair.rejected) for pair in pairs],
+    }
+    margins = [pair.comparison.margin for pair in pairs]
+    if any(margin is not None for margin in margins):
+        columns["margin"] = [margin or 0.0 for margin in margins]
+    return Dataset.from_dict(columns)
+
+
+def build_trainer(
+    model: PeftModel,
+    chat: ChatFormat,
+    arguments: Any,
+    train_pairs: Sequence[Pair],
+    held_out_pairs: Sequence[Pair],
+) -> RewardTrainer:
+    """TRL's trainer on the reward model, whose adapter and head are in float32."""
+    trainer = RewardTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=as_dataset(train_pairs),
+        eval_dataset=as_dataset(held_out_pairs) if held_out_pairs else None,
+        processing_class=padding_tokenizer(chat),
+    )
+    rounded = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype.itemsize < 4]
+    assert not rounded, f"trainable parameters in 16 bits: {rounded[:3]}"
+    return trainer
+
+
+def calibration_prompts(config: PipelineConfig, chat: ChatFormat, comparisons: Sequence[Comparison]) -> list[list[int]]:
+    """Prompts that the SFT policy answers for the calibration: some of PPO's, or of the pairs' where it has none."""
+    texts: list[Text]
+    if config.data.prompts.sources:
+        texts = [row.prompt for row in load_prompts(config.data, chat, config.ppo.max_prompt_tokens).train]
+    else:
+        texts = list({json.dumps(repr(row.prompt)): row.prompt for row in comparisons}.values())
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "calibration prompts"))
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    return [chat.prompt_ids(texts[index]) for index in order[: config.reward.calibration_prompts]]
+
+
+@torch.no_grad()
+def score_while_training(
+    model: PeftModel, sequences: Sequence[Sequence[int]], device: torch.device, max_tokens: int
+) -> Tensor:
+    """Scores of the model as it was trained, in the batches that `score_rewards` makes: [B] on the CPU."""
+    model.eval()
+    scores_B = torch.empty(len(sequences), dtype=torch.float32)
+    for group in group_by_tokens([len(sequence) for sequence in sequences], max_tokens):
+        ids_BL, mask_BL = pad([sequences[index] for index in group], device)
+        scores_B[group] = model(input_ids=ids_BL, attention_mask=mask_BL).logits.squeeze(-1).cpu()
+    return scores_B
+
+
+def as_roles(base: Base, model: PeftModel, sft: Path, folder: Path) -> Roles:
+    """Save the trained adapter and head, take them off the base, and load them as PPO will, beside the SFT policy."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    reward_model = model.unload()  # type: ignore[operator]
+    reward_model.disable_input_require_grads()
+    reward_model.gradient_checkpointing_disable()
+    roles = Roles(base)
+    roles.add_from("reference", sft)
+    roles.add_weights("reward", folder)
+    roles.set_trainable()
+    return roles
+
+
+def require_same_scores(trained_B: Tensor, loaded_B: Tensor) -> None:
+    """Refuse a reward adapter that scores otherwise once it is saved and loaded.
+
+    Raises:
+        ArtifactError: a score differs, in whatever bit.
+    """
+    if not torch.equal(trained_B, loaded_B):
+        raise ArtifactError(
+            f"the reward adapter scores differently after saving and loading (by up to"
+            f" {float((trained_B - loaded_B).abs().max()):.3g})",
+            where="reward",
+            remedy="The adapter is not kept. This is a fault in trivet or in a library below it; please report it.",
+        )
+
+
+def score_pairs(roles: Roles, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
+    """Raw scores [P, 2] of the chosen and the rejected answers."""
+    if not pairs:
+        return torch.empty(0, 2)
+    sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    return score_rewards(roles, sequences, max_tokens=max_tokens).view(-1, 2)
+
+
+def held_out_metrics(pairs: Sequence[Pair], scores_P2: Tensor) -> dict[str, Any]:
+    """How often, and by how much, the preferred answer gets the higher score; and what its length alone would give."""
+    if not pairs:
+        return {"held_out_accuracy": None}
+    margin_P = scores_P2[:, 0] - scores_P2[:, 1]
+    wins, ties = int((margin_P > 0).sum()), int((margin_P == 0).sum())
+    lengths = [(characters(pair.comparison.chosen), characters(pair.comparison.rejected)) for pair in pairs]
+    flat = torch.tensor(lengths, dtype=torch.float64).flatten()
+    return {
+        "held_out_accuracy": win_rate(wins, ties, len(pairs) - wins - ties).as_dict(),
+        "held_out_accuracy_longer_wins": accuracy_longer_wins(*zip(*lengths, strict=True)).as_dict(),
+        "held_out_loss": float(-torch.nn.functional.logsigmoid(margin_P.double()).mean()),
+        "held_out_margin": float(margin_P.mean()),
+        "held_out_length_correlation": correlation(scores_P2.flatten(), flat),
+    }
+
+
+def calibrate(
+    roles: Roles, prompts: Sequence[Sequence[int]], config: PipelineConfig, max_tokens: int
+) -> tuple[Calibration, dict[str, float]]:
+    """Let the SFT policy answer, and find the gain and bias that standardise the scores of its answers."""
+    sampling = SamplingSettings(
+        max_new_tokens=config.ppo.max_new_tokens,
+        temperature=config.ppo.temperature,
+        top_k=config.ppo.top_k,
+        top_p=config.ppo.top_p,
+        batch_size=config.ppo.generation_batch_size,
+    )
+    with progress(len(prompts), "reward calibration", "answers") as bar:
+        responses = generate(
+            roles, "reference", prompts, sampling, seed=(config.seed, "calibration"), on_batch=bar.advance
+        )
+    sequences = [(*prompt, *response.ids) for prompt, response in zip(prompts, responses, strict=True)]
+    raw_B = score_rewards(roles, sequences, max_tokens=max_tokens)
+    lengths_B = torch.tensor([len(response.ids) for response in responses])
+    return Calibration.fit(raw_B), {
+        "calibration_prompts": len(prompts),
+        "calibration_raw_mean": float(raw_B.mean()),
+        "calibration_raw_std": float(raw_B.std(correction=0)),
+        "calibration_length_correlation": correlation(raw_B, lengths_B),
+        "calibration_eos_rate": sum(response.finished for response in responses) / len(responses),
+    }
+
+
+def correlation(first_N: Tensor, second_N: Tensor) -> float:
+    """Pearson's correlation; 0 where one of the two does not vary."""
+    pair_2N = torch.stack([first_N.double(), second_N.double()])
+    pair_2N = pair_2N - pair_2N.mean(dim=1, keepdim=True)
+    scale = float(pair_2N.norm(dim=1).prod())
+    return float(pair_2N.prod(dim=0).sum()) / scale if scale > 0 else 0.0
+
+
+def characters(text: Text) -> int:
+    """Length of an answer in characters, whatever its form."""
+    return len(text) if isinstance(text, str) else sum(len(message.content) for message in text)
+
+
+def write_held_out(path: Path, pairs: Sequence[Pair], scores_P2: Tensor) -> None:
+    """A JSON line a pair: where it came from, its scores and its lengths, for reports by source."""
+    with path.open("w", encoding="utf-8") as file:
+        for pair, (chosen, rejected) in zip(pairs, scores_P2.tolist(), strict=True):
+            row: Mapping[str, Any] = {
+                "source": pair.comparison.origin.source,
+                "row": pair.comparison.origin.row,
+                "score_chosen": chosen,
+                "score_rejected": rejected,
+                "characters_chosen": characters(pair.comparison.chosen),
+                "characters_rejected": characters(pair.comparison.rejected),
+                "tokens_chosen": len(pair.chosen),
+                "tokens_rejected": len(pair.rejected),
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    stage_main("reward", run)
