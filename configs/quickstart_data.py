@@ -568,7 +568,7 @@ def prompts() -> Iterator[Row]:
 
 
 def held_out_prompts() -> Iterator[Row]:
-    """The questions about topics that occur nowhere else, all kinds mixed, so that the first hundred are a fair sample."""
+    """The questions about topics that occur nowhere else, mixed, so that the first hundred are a fair sample."""
     for ask in _shuffled(_questions(held_out=True), "held out"):
         yield {"prompt": _turns("user", ask.text), "kind": ask.kind}
 

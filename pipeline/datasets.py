@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal
 
 from pipeline.artifacts import digest
 from pipeline.chat import ChatFormat
 from pipeline.config import DataSet, DataSettings, DataSource
+from pipeline.config_file import is_local_source
 from pipeline.errors import DataError
 from pipeline.formats import (
     INSTRUCTION_FORMATS,
@@ -262,8 +264,9 @@ def _read(
         if isinstance(record, Dropped):
             dropped[record.reason] += 1
             continue
-        content = _hash("row", _content(record))
-        candidates.append(_Candidate(record, row, content, content if by_row else prompt_key(record.prompt), {}))
+        said = _content(record)
+        key = _hash("side", said) if by_row else prompt_key(record.prompt)
+        candidates.append(_Candidate(record, row, _hash("row", said), key, {}))
     kept: list[_Candidate[Record]] = []
     # With a limit the smallest hashes are tried first, so that the others need not be tokenized.
     for position, item in enumerate(sorted(candidates, key=_by_hash) if settings.limit else candidates):
@@ -390,6 +393,11 @@ def _nothing_left(purpose: str, sources: Sequence[_Source[Record]]) -> str:
     return f"no rows are left to {purpose}: {sum(source.read for source in sources)} read, dropped: {reasons}"
 
 
+def _short_name(source: str) -> str:
+    """A source's name without the folders that lead to it; a hub id as it is."""
+    return Path(source).name if is_local_source(source) else source
+
+
 def render_reports(title: str, split: Split[Record]) -> list[Table]:
     """The reports as tables for a terminal: what each source gave, and how long its texts are in tokens."""
     from rich.table import Table
@@ -400,7 +408,7 @@ def render_reports(title: str, split: Split[Record]) -> list[Table]:
     for report in split.reports:
         dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped.items())) or "-"
         counts = (str(report.train), str(report.held_out))
-        sources.add_row(report.source, report.format, str(report.read), str(report.kept), dropped, *counts)
+        sources.add_row(_short_name(report.source), report.format, str(report.read), str(report.kept), dropped, *counts)
     if not split.lengths:
         return [sources]
     lengths = Table(title=f"{title}: tokens", title_justify="left")

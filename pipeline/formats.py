@@ -29,6 +29,8 @@ _ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
 }
+# What reward functions are called with besides the columns; a column of that name cannot be handed on.
+_REWARD_ARGUMENTS = ("prompts", "completions")
 _TRANSCRIPT_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -348,7 +350,7 @@ PREFERENCE_FORMATS: tuple[Format[Comparison], ...] = (
 def _prompt(prompt: Text, row: Row, source: str, *used: str) -> Prompt | Dropped:
     if not isinstance(prompt, str):
         prompt = _without_answer(prompt)
-    columns = {key: value for key, value in row.values.items() if key not in used}
+    columns = {key: value for key, value in row.values.items() if key not in (*used, *_REWARD_ARGUMENTS)}
     return _fault(prompt) or Prompt(prompt, Origin(source, row.number), columns)
 
 

@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,12 @@ def source_digest(source: DataSource) -> str:
         return digest({"hub": source.path, "subset": source.subset, "split": source.split, "revision": revision})
     if _is_function(source.path):
         return digest([json.dumps(row.values, sort_keys=True, default=str) for row in read_rows(source)])
-    _check_file(Path(source.path))
-    return file_digest(Path(source.path))
+    path = Path(source.path).expanduser()
+    _check_file(path)
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {error.strerror}", where=str(path)) from None
 
 
 def _located_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
@@ -77,7 +82,7 @@ def _located_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
         return _hub_rows(source)
     if _is_function(source.path):
         return _function_rows(source.path)
-    path = Path(source.path)
+    path = Path(source.path).expanduser()
     _check_file(path)
     name = path.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".ndjson")):
@@ -283,21 +288,21 @@ def _hub_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
     name = source.path if source.subset is None else f"{source.path} ({source.subset})"
     try:
         rows = datasets.load_dataset(source.path, name=source.subset, split=source.split, revision=source.revision)
-    # The library raises errors of a dozen kinds of its own and of its HTTP clients.
+    # Whatever goes wrong in there, from a typing error to a broken proxy, ends in the same advice; the library
+    # and its HTTP clients have no common class of errors.
     except Exception as error:
-        offline = isinstance(error, OSError) or "offline" in str(error).lower()
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"the data set cannot be loaded from the hub: {str(error).splitlines()[0] if str(error) else error!r}",
-            where=name,
-            remedy="Check the name, split and subset, and that the hub can be reached (`trivet doctor`);"
-            " or download the data and give the path of a file."
-            if offline
-            else "Check the name, split, subset and revision; for a local file, give a path that exists.",
-        ) from None
+            f"the data set cannot be loaded from the hub: {reason}",
+            where=f"{name}, split {source.split}",
+            remedy="Check its name, split, subset and revision, and that the hub can be reached (trivet doctor);"
+            " offline, give the path of a file that exists.",
+        ) from error
     for number, values in enumerate(rows, 1):
-        yield f"{name}, row {number}", values
+        yield f"{name}, split {source.split}, row {number}", values
 
 
+@lru_cache
 def _hub_commit(path: str) -> str | None:
     """The commit that the data set's default branch stands at; None where neither hub nor cache can tell."""
     import huggingface_hub
@@ -306,7 +311,8 @@ def _hub_commit(path: str) -> str | None:
     if not constants.HF_HUB_OFFLINE:
         try:
             return huggingface_hub.HfApi().dataset_info(path, timeout=10).sha
-        except (huggingface_hub.errors.HfHubHTTPError, OSError, ValueError):
+        # Not reachable, not found, not allowed: then what the cache holds is what will be read.
+        except Exception:
             pass
     folder = Path(constants.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
     try:
