@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Literal
+from typing import Generic
 
 from pipeline.artifacts import digest
 from pipeline.chat import ChatFormat
 from pipeline.config import DataSet, DataSettings, DataSource
-from pipeline.config_file import is_local_source
+from pipeline.data_report import Side, SourceReport
 from pipeline.errors import DataError
 from pipeline.formats import (
     INSTRUCTION_FORMATS,
@@ -31,28 +30,7 @@ from pipeline.formats import (
 from pipeline.records import Comparison, Demonstration, Prompt, Text, as_plain
 from pipeline.sources import Row, read_rows, source_digest
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-Side = Literal["train", "held out", "both"]
 Lengths = Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class SourceReport:
-    """What one source gave: `read` rows = `kept` + all of `dropped`; `kept` = `train` + `held_out`.
-
-    `side` is what the config uses it for; `both` where a fraction of it is held out.
-    """
-
-    source: str
-    side: Side
-    format: str
-    read: int
-    kept: int
-    dropped: Mapping[str, int]
-    train: int
-    held_out: int
 
 
 @dataclass(frozen=True)
@@ -391,30 +369,3 @@ def _nothing_left(purpose: str, sources: Sequence[_Source[Record]]) -> str:
     dropped: Counter[str] = sum((source.dropped for source in sources), Counter())
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "none"
     return f"no rows are left to {purpose}: {sum(source.read for source in sources)} read, dropped: {reasons}"
-
-
-def _short_name(source: str) -> str:
-    """A source's name without the folders that lead to it; a hub id as it is."""
-    return Path(source).name if is_local_source(source) else source
-
-
-def render_reports(title: str, split: Split[Record]) -> list[Table]:
-    """The reports as tables for a terminal: what each source gave, and how long its texts are in tokens."""
-    from rich.table import Table
-
-    sources = Table(title=title, title_justify="left")
-    for column in ("source", "format", "read", "kept", "dropped", "train", "held out"):
-        sources.add_column(column, justify="left" if column in ("source", "format", "dropped") else "right")
-    for report in split.reports:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped.items())) or "-"
-        counts = (str(report.train), str(report.held_out))
-        sources.add_row(_short_name(report.source), report.format, str(report.read), str(report.kept), dropped, *counts)
-    if not split.lengths:
-        return [sources]
-    lengths = Table(title=f"{title}: tokens", title_justify="left")
-    for column in ("part", "median", "p95", "max"):
-        lengths.add_column(column, justify="left" if column == "part" else "right")
-    for part, values in split.lengths.items():
-        ordered = sorted(values)
-        lengths.add_row(part, *(str(ordered[round(share * (len(ordered) - 1))]) for share in (0.5, 0.95, 1.0)))
-    return [sources, lengths]
