@@ -18,9 +18,14 @@ from typing import Any
 from pipeline.errors import BaseModelError, DataError
 from pipeline.records import Message, Messages, Text, TokenizedExample, as_plain
 
-# Some templates write today's date into the system turn, which would change the data overnight. They get
-# this day instead: the one that Llama 3's own template falls back to.
+# Some templates write today's date into the system turn, which would change the data overnight. They get this
+# day instead: the one that Llama 3's own template falls back to. A macro, as transformers hands no functions on.
 _TEMPLATE_DATE = date(2024, 7, 26)
+_STANDING_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{code}', '{_TEMPLATE_DATE.strftime('%' + code)}')" for code in "aAbBdjmyYHMS")
+    + " }}{% endmacro %}{{ '' }}"
+)
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,11 @@ class ChatFormat:
 
     # ---- templates
 
+    @cached_property
+    def _timeless_template(self) -> str:
+        template = self._template or ""
+        return _STANDING_CLOCK + template if "strftime_now" in template else template
+
     def _render(self, messages: Messages, *, generation_prompt: bool) -> str:
         from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -215,11 +225,10 @@ class ChatFormat:
         try:
             text = self.tokenizer.apply_chat_template(
                 as_plain(messages),
-                chat_template=self._template,
+                chat_template=self._timeless_template,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 date_string=_TEMPLATE_DATE.strftime("%d %b %Y"),
-                strftime_now=_TEMPLATE_DATE.strftime,
             )
         except TemplateSyntaxError as error:
             raise BaseModelError(
