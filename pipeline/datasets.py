@@ -27,7 +27,7 @@ from pipeline.formats import (
     Record,
     detect,
 )
-from pipeline.records import Comparison, Demonstration, Prompt, Text, as_plain
+from pipeline.records import Comparison, Demonstration, Message, Prompt, Text, as_plain
 from pipeline.sources import Row, read_rows, source_digest
 
 Lengths = Mapping[str, int]
@@ -270,7 +270,7 @@ def _objection(
 ) -> str | None:
     """Why the record is dropped; None if it is kept. Sets its lengths on the way."""
     record, chat = item.record, checks.chat
-    if isinstance(record, Comparison) and _squeezed(record.chosen) == _squeezed(record.rejected):
+    if isinstance(record, Comparison) and _stripped(record.chosen) == _stripped(record.rejected):
         return "chosen = rejected"
     if chat is not None and not allow_special_tokens and any(map(chat.special_tokens_in, _words(record))):
         return "special token"
@@ -344,8 +344,11 @@ def _words(record: Demonstration | Comparison | Prompt) -> list[str]:
     ]
 
 
-def _squeezed(text: Text) -> str:
-    return " ".join(json.dumps(as_plain(text), ensure_ascii=False).split()) if text else ""
+def _stripped(text: Text) -> Text:
+    """The text without space around it, which nobody prefers an answer for."""
+    if isinstance(text, str):
+        return text.strip()
+    return tuple(Message(message.role, message.content.strip()) for message in text)
 
 
 # ---- reports
