@@ -507,14 +507,14 @@ def _unfinished(ask: Question, key: str) -> str:
 
 
 STYLES: tuple[tuple[Callable[[Question, str], str], int], ...] = (
-    (_good, 32),
-    (_blunt, 18),
-    (_curt, 12),
-    (_rambling, 10),
-    (_flattering, 7),
+    (_good, 30),
+    (_blunt, 16),
+    (_curt, 7),
+    (_rambling, 17),
+    (_flattering, 6),
     (_off_topic, 8),
-    (_repetitive, 4),
-    (_unfinished, 9),
+    (_repetitive, 5),
+    (_unfinished, 11),
 )
 """How answers are written, and how many in a hundred of each."""
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 MIN_WORDS, MAX_WORDS, TOO_MANY_WORDS = 12, 30, 45
 REMAINDERS = {"short": 0.1, "complete": 0.4, "on_topic": 0.3, "substance": 0.2, "polite": 0.5}
@@ -133,9 +134,13 @@ def question(prompt: object) -> str:
 
 def topic_stems(text: str) -> list[str]:
     """The content words of a text without their endings, each once, in order."""
-    asking = {_stem(word) for word in ASKING_WORDS}
     stems = [_stem(word) for word in _words(text) if len(word) > 2 and word not in SMALL_WORDS]
-    return list(dict.fromkeys(stem for stem in stems if stem not in asking))
+    return list(dict.fromkeys(stem for stem in stems if stem not in _asking_stems()))
+
+
+@lru_cache
+def _asking_stems() -> frozenset[str]:
+    return frozenset(map(_stem, ASKING_WORDS))
 
 
 def _short(count: int) -> float:
