@@ -18,7 +18,7 @@ from typing import Any, Literal, cast, get_args
 
 import bitsandbytes
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -110,7 +110,14 @@ class Roles:
             raise ArtifactError(f"the adapter cannot be read: {error}", where=str(folder)) from None
         score = tensors.pop(_SCORE_KEY, None)
         config.modules_to_save, config.inference_mode, config.task_type = None, False, TaskType.CAUSAL_LM
-        self._add(role, config)
+        try:
+            self._add(role, config)
+        except ValueError as error:
+            raise ArtifactError(
+                f"the adapter does not fit this base: {error}",
+                where=str(folder),
+                remedy="It belongs to another architecture or to other target modules.",
+            ) from None
         self._load_adapter(role, tensors, folder)
         if score is not None:
             self.add_head(role, bias=False)
@@ -146,16 +153,18 @@ class Roles:
             parameter.data = parameter.data.float()
         self._activate(role)
 
-    def _load_adapter(self, role: Role, tensors: dict[str, Tensor], folder: Path | None) -> None:
-        result = set_peft_model_state_dict(self.model, tensors, adapter_name=role)
-        missing = [name for name in self.parameters(role) if not name.startswith("heads.")]
-        if result.unexpected_keys or len(missing) != len(tensors):
+    def _load_adapter(self, role: Role, tensors: Mapping[str, Tensor], folder: Path | None) -> None:
+        wanted = self._adapter_parameters(role)
+        odd = wanted.keys() ^ tensors.keys() or {key for key in wanted if wanted[key].shape != tensors[key].shape}
+        if odd:
             raise ArtifactError(
-                f"the adapter has {len(tensors)} tensors where this base takes {len(missing)}",
-                where=str(folder),
-                remedy="The adapter belongs to another architecture or to other target modules.",
+                f"the adapter does not fit this base, {len(odd)} of its tensors differ in name or shape: {min(odd)}",
+                where=folder and str(folder),
+                remedy="It belongs to another architecture or to other target modules.",
             )
-        self._apply_requires_grad()
+        with torch.no_grad():
+            for key, parameter in wanted.items():
+                parameter.copy_(tensors[key])
 
     def _load_head(self, role: Role, tensors: dict[str, Tensor], folder: Path) -> None:
         try:
@@ -294,14 +303,24 @@ class Roles:
         save_file(plain, path, metadata={"format": "pt"})
 
     def _adapter_tensors(self, role: Role) -> dict[str, Tensor]:
-        state = get_peft_model_state_dict(self.model, adapter_name=role, save_embedding_layers=False)
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sorted(state.items())}
+        return {key: tensor.detach().cpu().clone() for key, tensor in sorted(self._adapter_parameters(role).items())}
+
+    def _adapter_parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        """The adapter's parameters under the names that PEFT saves them by: `...lora_A.weight`.
+
+        PEFT's own functions look for the adapter's name anywhere, and lose a module of the base that is called so.
+        """
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if _belongs_to(role, name):
+                before, _, after = name.rpartition(f".{role}.")
+                found[f"{before}.{after}"] = parameter
+        return found
 
 
 def _belongs_to(role: Role, name: str) -> bool:
     """Whether a parameter is part of the role's adapter: `...lora_A.ROLE.weight`. A base may have a `value` too."""
-    parts = name.split(".")
-    return any(part == role and before.startswith("lora_") for before, part in pairwise(parts))
+    return any(part == role and before.startswith("lora_") for before, part in pairwise(name.split(".")))
 
 
 def lora_config(lora: LoraSettings, causal_model: PreTrainedModel) -> LoraConfig:
@@ -309,9 +328,10 @@ def lora_config(lora: LoraSettings, causal_model: PreTrainedModel) -> LoraConfig
     if lora.target_modules == "all-linear":
         targets = sorted(
             {
-                name.rpartition(".")[2]
+                name.removesuffix(".base_layer").rpartition(".")[2]
                 for name, module in trunk_of(causal_model).named_modules()
                 if isinstance(module, (nn.Linear, Conv1D, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
+                and "lora_" not in name  # an earlier role's
             }
         )
     else:

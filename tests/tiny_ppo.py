@@ -1,0 +1,209 @@
+"""PPO's parts on a tiny base: roles, finished SFT and reward stages, and one round's machinery without a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import loaded_tiny_base, tiny_base
+from torch import Tensor
+
+from pipeline.artifacts import Manifest
+from pipeline.base_model import Base, load_base
+from pipeline.config import LoraSettings, PPOSettings
+from pipeline.config_file import LoadedConfig
+from pipeline.distributed import World
+from pipeline.records import Message, Origin, Prompt
+from pipeline.rewards import Calibration, RewardSum
+from pipeline.roles import Role, Roles
+from pipeline.run_directory import RunDirectory
+from pipeline.scoring import score_rewards
+from stages.experience import Experience, collect
+from stages.ppo import add_critic, make_optimizer, set_learning_rates
+from stages.result import StageClock, finish
+from stages.update import Updater
+
+LORA = LoraSettings(rank=4, alpha=8)
+CALIBRATION = Calibration(gain=0.5, bias=0.25)
+
+
+def perturb(roles: Roles, role: Role, scale: float = 0.05, seed: int = 1) -> None:
+    """Move a role's parameters, head included, off where they are, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(roles.parameters(role).items()):
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def favour_token(roles: Roles, token_id: int, amount: float) -> None:
+    """Raise one token's logit in every distribution of the base, in sampling and in scoring alike."""
+
+    def add(module: Any, inputs: Any, logits: Tensor) -> Tensor:
+        bias_V = torch.zeros(logits.shape[-1], dtype=logits.dtype)
+        bias_V[token_id] = amount
+        return logits + bias_V
+
+    roles.base.model.get_output_embeddings().register_forward_hook(add)
+
+
+def sharpen(folder: Path, factor: float = 20.0) -> Path:
+    """Scale a saved base's output head: a random model's next-token distribution is almost flat otherwise."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = factor * tensors["lm_head.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def sharp_base(folder: Path, architecture: str = "llama", **options: Any) -> Base:
+    """A tiny base with decided opinions about the next token."""
+    path = folder / f"{architecture}-base"
+    if not path.exists():
+        sharpen(tiny_base(path, architecture))
+    return loaded_tiny_base(folder, architecture, **options)
+
+
+def prompts(count: int) -> list[Prompt]:
+    """Prompts of different lengths."""
+    words = ["sun", "a long winter", "sky", "an old oak in the yard", "elm", "fox", "owl and bee", "it"]
+    return [
+        Prompt((Message("user", words[row % len(words)] + "!" * (row // len(words))),), Origin("tiny", row + 1))
+        for row in range(count)
+    ]
+
+
+def policy_roles(base: Base) -> Roles:
+    """A perturbed SFT adapter as the reference, and the policy as its copy."""
+    roles = Roles(base)
+    roles.add_fresh("reference", LORA)
+    perturb(roles, "reference")
+    roles.copy("reference", "policy")
+    return roles
+
+
+def ppo_roles(base: Base, critic: str = "adapter") -> Roles:
+    """All roles as PPO starts with them; reference and reward are made up, and differ."""
+    roles = policy_roles(base)
+    roles.add_fresh("reward", LORA)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        roles.add_head("reward", bias=False)
+    perturb(roles, "reward", seed=2)
+    add_critic(roles, PPOSettings.model_validate({"critic": critic}), CALIBRATION)
+    roles.set_trainable("policy", "value")
+    roles.disable_dropout()
+    return roles
+
+
+@dataclass
+class Round:
+    """What `stages.ppo.run` holds between two iterations."""
+
+    roles: Roles
+    ppo: PPOSettings
+    optimizer: torch.optim.Optimizer
+    rewards: RewardSum
+    updater: Updater
+    world: World
+
+    def collect(self, iteration: int = 0, kl_coefficient: float = 0.05, **changes: Any) -> Experience:
+        """Sample and score a round."""
+        return collect(
+            self.roles,
+            self.rewards,
+            prompts(8),
+            self.ppo.model_copy(update=changes),
+            kl_coefficient=kl_coefficient,
+            seed=(0, "rollout", iteration, 0),
+            world=self.world,
+        )
+
+    def parameters(self, role: Role) -> dict[str, Tensor]:
+        """A copy of a role's parameters."""
+        return {name: parameter.detach().clone() for name, parameter in self.roles.parameters(role).items()}
+
+
+def tiny_round(base: Base, *, roles: Roles | None = None, **settings: Any) -> Round:
+    """Roles, optimizer and updater for 8 responses of at most 8 tokens, scored by the reward adapter."""
+    ppo = PPOSettings.model_validate(
+        {
+            "prompts_per_iteration": 8,
+            "minibatch_size": 4,
+            "max_new_tokens": 8,
+            "learning_rate": 1e-3,
+            "epochs": 2,
+            **settings,
+        }
+    )
+    roles = roles or ppo_roles(base, ppo.critic)
+    world = World()
+    optimizer = make_optimizer(roles, ppo)
+    set_learning_rates(optimizer, ppo, 0)
+
+    def model_scores(sequences: Sequence[Sequence[int]]) -> Tensor:
+        return CALIBRATION.apply(score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens))
+
+    rewards = RewardSum(ppo.rewards, model_scores)
+    return Round(roles, ppo, optimizer, rewards, Updater(roles, optimizer, ppo, seed=0, world=world), world)
+
+
+def record_gradients(round_: Round, *, step: bool = True) -> list[dict[str, Tensor]]:
+    """Each optimizer step's gradients, as the optimizer sees them, from now on."""
+    seen: list[dict[str, Tensor]] = []
+    make_step = round_.optimizer.step
+
+    def stepping(*arguments: Any, **options: Any) -> Any:
+        named = {**round_.roles.parameters("policy"), **round_.roles.parameters("value")}
+        seen.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+        return make_step(*arguments, **options) if step else None
+
+    round_.optimizer.step = stepping  # type: ignore[method-assign]
+    return seen
+
+
+def publish_sft(loaded: LoadedConfig, *, scale: float = 0.05) -> RunDirectory:
+    """A run whose SFT stage is finished; the adapter is made up."""
+    run = RunDirectory.open(loaded)
+    roles = Roles(load_base(loaded.config.base))
+    roles.add_fresh("policy", loaded.config.lora)
+    perturb(roles, "policy", scale)
+    publish("sft", "policy", roles, loaded, run)
+    return run
+
+
+def publish_reward(loaded: LoadedConfig, run: RunDirectory) -> None:
+    """The same with the reward stage; its round-trip probe is one sequence."""
+    roles = Roles(load_base(loaded.config.base))
+    roles.add_fresh("reward", loaded.config.lora)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        roles.add_head("reward", bias=False)
+    perturb(roles, "reward", seed=2)
+    ids = [5, 6, 7, 8]
+    probe = [{"ids": ids, "score": float(score_rewards(roles, [ids], max_tokens=1))}]
+    publish("reward", "reward", roles, loaded, run, calibration=CALIBRATION, extra={"probe": probe})
+
+
+def publish(stage: Any, role: Role, roles: Roles, loaded: LoadedConfig, run: RunDirectory, **options: Any) -> Manifest:
+    """Publish a role as the result of a stage."""
+    metrics = {"held_out_accuracy": 0.5} if stage == "reward" else {}
+    return finish(
+        stage,
+        role,
+        loaded,
+        run,
+        base=roles.base.identity,
+        clock=StageClock(),
+        metrics=metrics,
+        save=lambda folder: roles.save(role, folder),
+        **options,
+    )
+
+
+def with_tokenizer(base: Base, chat: Any) -> Base:
+    """The same weights under another tokenizer."""
+    return replace(base, chat=chat)
