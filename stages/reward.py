@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
@@ -35,7 +36,7 @@ from pipeline.batching import group_by_tokens, pad
 from pipeline.chat import ChatFormat
 from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
-from pipeline.datasets import load_preferences, load_prompts
+from pipeline.datasets import load_preferences, load_prompts, prompt_key
 from pipeline.errors import ArtifactError
 from pipeline.generation import SamplingSettings, derive_seed, generate
 from pipeline.progress import progress
@@ -118,7 +119,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     sample = [ids for pair in (held_out_pairs or train_pairs) for ids in (pair.chosen, pair.rejected)]
     sample = sample[:ROUND_TRIP_SEQUENCES]
     trained_scores = score_while_training(model, sample, base.device, scoring_tokens)
-    roles = as_roles(base, model, sft, run.working("reward") / "adapter")
+    roles = as_roles(base, model, sft, run.working("reward") / "adapter", trainer.accelerator)
     require_same_scores(trained_scores, score_rewards(roles, sample, max_tokens=scoring_tokens))
     scores = score_pairs(roles, held_out_pairs, scoring_tokens)
     calibration, calibration_metrics = calibrate(roles, prompts, config, scoring_tokens)
@@ -200,7 +201,7 @@ def calibration_prompts(config: PipelineConfig, chat: ChatFormat, comparisons: S
     if config.data.prompts.sources:
         texts = [row.prompt for row in load_prompts(config.data, chat, config.ppo.max_prompt_tokens).train]
     else:
-        texts = list({json.dumps(repr(row.prompt)): row.prompt for row in comparisons}.values())
+        texts = list({prompt_key(row.prompt): row.prompt for row in comparisons}.values())
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "calibration prompts"))
     order = torch.randperm(len(texts), generator=generator).tolist()
     return [chat.prompt_ids(texts[index]) for index in order[: config.reward.calibration_prompts]]
@@ -219,10 +220,12 @@ def score_while_training(
     return scores_B
 
 
-def as_roles(base: Base, model: PeftModel, sft: Path, folder: Path) -> Roles:
+def as_roles(base: Base, model: PeftModel, sft: Path, folder: Path, accelerator: Accelerator) -> Roles:
     """Save the trained adapter and head, take them off the base, and load them as PPO will, beside the SFT policy."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    reward_model = model.unload()  # type: ignore[operator]
+    if accelerator.is_main_process:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    accelerator.wait_for_everyone()
+    reward_model = model.unload()
     reward_model.disable_input_require_grads()
     reward_model.gradient_checkpointing_disable()
     roles = Roles(base)
@@ -325,8 +328,9 @@ def write_held_out(path: Path, pairs: Sequence[Pair], scores_P2: Tensor) -> None
                 "characters_rejected": characters(pair.comparison.rejected),
                 "tokens_chosen": len(pair.chosen),
                 "tokens_rejected": len(pair.rejected),
+                "columns": dict(pair.comparison.columns),
             }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -144,12 +144,19 @@ def as_dataset(rows: Sequence[TokenizedExample]) -> Dataset:
     )
 
 
+class PolicyTrainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, which finds role-named adapters in the best checkpoint as it does in the last one."""
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
 def build_trainer(
     roles: Roles, arguments: Any, train_rows: Sequence[TokenizedExample], held_out_rows: Sequence[TokenizedExample]
-) -> SFTTrainer:
-    """TRL's trainer on the policy's adapter, which stays in float32."""
+) -> PolicyTrainer:
+    """The trainer of the policy's adapter, which stays in float32."""
     exact = {name: parameter.data for name, parameter in roles.parameters("policy").items()}
-    trainer = SFTTrainer(
+    trainer = PolicyTrainer(
         model=roles.model,
         args=arguments,
         train_dataset=as_dataset(train_rows),
@@ -183,14 +190,14 @@ def require_separate_rows(roles: Roles, trainer: SFTTrainer) -> None:
             if name != "labels"
         }
         hidden_BLD = trunk_of(roles.base.model)(**inputs, use_cache=False).last_hidden_state
-        return hidden_BLD[0, len(first) :].float()
+        return cast(torch.Tensor, hidden_BLD[0, len(first) :].float())
 
     roles.inference_mode()
     with roles.active("policy"):
         one, other = second_row(row), second_row([roles.base.chat.eos_token_id] * len(row))
     # The same kernels on the same shapes: what differs is either nothing, or the last bits where an expert's share
     # of the tokens changes the order of a sum.
-    tolerance = 1e-5 if one.dtype == roles.base.model.dtype else 1e-2
+    tolerance = 1e-5 if roles.base.model.dtype == torch.float32 else 1e-2
     if float((one - other).abs().max()) > tolerance * float(other.abs().max()):
         raise ConfigError(
             f"rows that share a sequence would see each other: {type(roles.base.model).__name__} with the"

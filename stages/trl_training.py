@@ -29,7 +29,7 @@ from pipeline.progress import Progress, is_main_process, progress
 from pipeline.run_directory import RunDirectory, StageName, read_json, write_json
 from stages.inputs import stage_inputs
 
-_NOT_A_METRIC = {"num_tokens", "total_flos"}
+_NOT_A_METRIC = {"num_tokens", "eval_num_tokens", "total_flos"}
 """What TRL logs and counts from 0 again after a resume."""
 
 
@@ -99,7 +99,7 @@ def require_unchanged_base(base: Base, before: str) -> None:
         )
 
 
-class TrainingReport(TrainerCallback):
+class TrainingReport(TrainerCallback):  # type: ignore[misc]
     """Shows progress, writes the metrics file, and stops a training that diverges.
 
     A context manager: progress and file are closed however the training ends.
