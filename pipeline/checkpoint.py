@@ -69,7 +69,10 @@ class CheckpointFolder:
             os.rename(draft, target)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        for old in list(self._folders())[self._keep_last :]:
+        # A later step is not this run's: it was passed over, and would push out what is written now.
+        later = [path for path in self._folders() if int(path.name) > step]
+        earlier = [path for path in self._folders() if int(path.name) <= step]
+        for old in later + earlier[self._keep_last :]:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -159,7 +159,7 @@ class Roles:
         if odd:
             raise ArtifactError(
                 f"the adapter does not fit this base, {len(odd)} of its tensors differ in name or shape: {min(odd)}",
-                where=folder and str(folder),
+                where=None if folder is None else str(folder),
                 remedy="It belongs to another architecture or to other target modules.",
             )
         with torch.no_grad():

@@ -134,7 +134,12 @@ class RunDirectory:
             retired = draft.with_name(f"{draft.name}-replaced")
             if target.exists():
                 os.rename(target, retired)
-            os.rename(draft, target)
+            try:
+                os.rename(draft, target)
+            except OSError:
+                if retired.exists():
+                    os.rename(retired, target)
+                raise
             _sync(self.root)
             shutil.rmtree(retired, ignore_errors=True)
         finally:

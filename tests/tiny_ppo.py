@@ -39,6 +39,18 @@ def perturb(roles: Roles, role: Role, scale: float = 0.05, seed: int = 1) -> Non
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+def add_made_up(
+    roles: Roles, role: Role, *, seed: int, scale: float = 0.05, head: bool = False, lora: LoraSettings = LORA
+) -> None:
+    """An adapter that does something, the same at every call with the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        roles.add_fresh(role, lora)
+        if head:
+            roles.add_head(role, bias=False)
+    perturb(roles, role, scale, seed)
+
+
 def favour_token(roles: Roles, token_id: int, amount: float) -> None:
     """Raise one token's logit in every distribution of the base, in sampling and in scoring alike."""
 
@@ -79,8 +91,7 @@ def prompts(count: int) -> list[Prompt]:
 def policy_roles(base: Base) -> Roles:
     """A perturbed SFT adapter as the reference, and the policy as its copy."""
     roles = Roles(base)
-    roles.add_fresh("reference", LORA)
-    perturb(roles, "reference")
+    add_made_up(roles, "reference", seed=1)
     roles.copy("reference", "policy")
     return roles
 
@@ -88,11 +99,7 @@ def policy_roles(base: Base) -> Roles:
 def ppo_roles(base: Base, critic: str = "adapter") -> Roles:
     """All roles as PPO starts with them; reference and reward are made up, and differ."""
     roles = policy_roles(base)
-    roles.add_fresh("reward", LORA)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        roles.add_head("reward", bias=False)
-    perturb(roles, "reward", seed=2)
+    add_made_up(roles, "reward", seed=2, head=True)
     add_critic(roles, PPOSettings.model_validate({"critic": critic}), CALIBRATION)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
@@ -169,8 +176,7 @@ def publish_sft(loaded: LoadedConfig, *, scale: float = 0.05) -> RunDirectory:
     """A run whose SFT stage is finished; the adapter is made up."""
     run = RunDirectory.open(loaded)
     roles = Roles(load_base(loaded.config.base))
-    roles.add_fresh("policy", loaded.config.lora)
-    perturb(roles, "policy", scale)
+    add_made_up(roles, "policy", seed=1, scale=scale, lora=loaded.config.lora)
     publish("sft", "policy", roles, loaded, run)
     return run
 
@@ -178,11 +184,7 @@ def publish_sft(loaded: LoadedConfig, *, scale: float = 0.05) -> RunDirectory:
 def publish_reward(loaded: LoadedConfig, run: RunDirectory) -> None:
     """The same with the reward stage; its round-trip probe is one sequence."""
     roles = Roles(load_base(loaded.config.base))
-    roles.add_fresh("reward", loaded.config.lora)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        roles.add_head("reward", bias=False)
-    perturb(roles, "reward", seed=2)
+    add_made_up(roles, "reward", seed=2, head=True, lora=loaded.config.lora)
     ids = [5, 6, 7, 8]
     probe = [{"ids": ids, "score": float(score_rewards(roles, [ids], max_tokens=1))}]
     publish("reward", "reward", roles, loaded, run, calibration=CALIBRATION, extra={"probe": probe})
