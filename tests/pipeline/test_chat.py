@@ -156,9 +156,10 @@ def test_padding_changes_nothing() -> None:
     assert FORMATS["no_pad"].example(prompt, completion) == FORMATS["chatml"].example(prompt, completion)
     other = tiny_tokenizer()
     other.pad_token = "<|endoftext|>"
-    other(["a", "bcd"], padding=True, truncation=True, max_length=2)
-    assert ChatFormat(other).example(prompt, completion) == FORMATS["chatml"].example(prompt, completion)
+    other.backend_tokenizer.enable_padding(length=99)
+    other.backend_tokenizer.enable_truncation(2)
     assert ChatFormat(other).tokenizer_digest == FORMATS["chatml"].tokenizer_digest
+    assert ChatFormat(other).example(prompt, completion) == FORMATS["chatml"].example(prompt, completion)
 
 
 # ---- tokenizers and templates of other families

@@ -192,6 +192,16 @@ PREFERENCES: list[tuple[str, dict[str, Any], Any, Any, Any]] = [
         [assistant("R")],
     ),
     (
+        "conversations that part at a question",
+        {
+            "chosen": [user("Q"), assistant("A"), user("Q2"), assistant("C")],
+            "rejected": [user("Q"), assistant("A"), user("Q3"), assistant("R")],
+        },
+        [user("Q")],
+        [assistant("A"), user("Q2"), assistant("C")],
+        [assistant("A"), user("Q3"), assistant("R")],
+    ),
+    (
         "a transcript that goes on where the other ends",
         {
             "chosen": "\n\nHuman: Q\n\nAssistant: A\n\nHuman: Q2\n\nAssistant: C",

@@ -87,6 +87,19 @@ def test_a_cut_answer_keeps_a_part_for_its_finished_sentences() -> None:
     assert criteria(ASKED, 'Say "water it!"')["complete"] == 1.0
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        # A sentence, a run of words, one word.
+        "Thanks! Water it. Water it. Turn the pot towards the light of the window.",
+        "Thanks! Water the plant now and water the plant now or water the plant now.",
+        "Thanks! Plant care is for a plant whose plant pot has one plant or another plant.",
+    ],
+)
+def test_repetition_of_every_size_costs_freshness(answer: str) -> None:
+    assert criteria(ASKED, answer)["fresh"] < 0.5
+
+
 def test_one_courtesy_is_right_and_more_are_not() -> None:
     body = "Water the house plant when its soil feels dry, and turn the pot once a week."
     scores = [score(" ".join([*courtesies, body])) for courtesies in ([], ["Of course!"], ["Of course!", "Thanks!"])]
