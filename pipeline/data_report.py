@@ -47,7 +47,9 @@ def render_reports(title: str, split: Split[Any]) -> list[Table]:
 
     sources = Table(title=title, title_justify="left")
     for column in ("source", "format", "read", "kept", "dropped", "train", "held out"):
-        sources.add_column(column, justify="left" if column in ("source", "format", "dropped") else "right")
+        sources.add_column(
+            column, justify="left" if column in ("source", "format", "dropped") else "right", overflow="fold"
+        )
     for report in split.reports:
         dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped.items())) or "-"
         counts = (str(report.train), str(report.held_out))
