@@ -51,6 +51,7 @@ from stages.command import stage_main
 from stages.result import StageClock, finish
 from stages.trl_training import (
     TrainingReport,
+    WithoutModelCard,
     checkpoint_folder,
     find_checkpoint,
     padding_tokenizer,
@@ -175,15 +176,19 @@ def as_dataset(pairs: Sequence[Pair]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+class PairTrainer(WithoutModelCard, RewardTrainer):  # type: ignore[misc]
+    """TRL's trainer."""
+
+
 def build_trainer(
     model: PeftModel,
     chat: ChatFormat,
     arguments: Any,
     train_pairs: Sequence[Pair],
     held_out_pairs: Sequence[Pair],
-) -> RewardTrainer:
-    """TRL's trainer on the reward model, whose adapter and head are in float32."""
-    trainer = RewardTrainer(
+) -> PairTrainer:
+    """The trainer of the reward model, whose adapter and head are in float32."""
+    trainer = PairTrainer(
         model=model,
         args=arguments,
         train_dataset=as_dataset(train_pairs),

@@ -43,6 +43,7 @@ from stages.command import stage_main
 from stages.result import StageClock, finish
 from stages.trl_training import (
     TrainingReport,
+    WithoutModelCard,
     checkpoint_folder,
     find_checkpoint,
     padding_tokenizer,
@@ -144,7 +145,7 @@ def as_dataset(rows: Sequence[TokenizedExample]) -> Dataset:
     )
 
 
-class PolicyTrainer(SFTTrainer):  # type: ignore[misc]
+class PolicyTrainer(WithoutModelCard, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer, which finds role-named adapters in the best checkpoint as it does in the last one."""
 
     def _load_best_model(self) -> None:

@@ -99,6 +99,13 @@ def require_unchanged_base(base: Base, before: str) -> None:
         )
 
 
+class WithoutModelCard:
+    """Put before a trainer of TRL's: its checkpoints are working files, which nobody publishes."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none."""
+
+
 class TrainingReport(TrainerCallback):  # type: ignore[misc]
     """Shows progress, writes the metrics file, and stops a training that diverges.
 

@@ -1,0 +1,365 @@
+"""SFT: the loss that it minimizes, what it leaves alone, and what comes out."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from tiny_models import ARCHITECTURES, loaded_tiny_base, tiny_config
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import stages.sft as sft
+import stages.trl_training as trl_training
+from pipeline.artifacts import Manifest
+from pipeline.base_model import Base, fingerprint, load_base
+from pipeline.config import LoraSettings, PipelineConfig
+from pipeline.config_file import LoadedConfig
+from pipeline.errors import BaseModelError, ConfigError, DataError, DivergenceError
+from pipeline.metrics import read_metrics
+from pipeline.records import Demonstration, Message, Origin, TokenizedExample
+from pipeline.roles import Roles
+from pipeline.run_directory import RunDirectory
+from pipeline.trl_options import sft_arguments
+
+QUESTIONS = ("sun", "the sea is", "sky and clouds", "ice", "oak, elm, ash and beech", "fox", "owls", "bees hum")
+
+
+def demonstrations() -> list[Demonstration]:
+    """Rows of different lengths, one with two turns."""
+    rows = [
+        Demonstration(
+            (Message("user", text),), (Message("assistant", text.upper() * (1 + number % 3)),), Origin("x", 1)
+        )
+        for number, text in enumerate(QUESTIONS)
+    ]
+    turns = (Message("assistant", "yes"), Message("user", "why is that so?"), Message("assistant", "who knows"))
+    return [*rows, Demonstration((Message("user", "is it?"),), turns, Origin("x", 1))]
+
+
+def arguments(folder: Path, **settings: Any) -> Any:
+    tree = {"run_dir": "run", "base": {"model": "b"}, "sft": {"batch_size": 4, "microbatch_size": 4} | settings}
+    return sft_arguments(PipelineConfig.model_validate(tree), folder)
+
+
+def policy(base: Base, *, scale: float = 0.1) -> Roles:
+    """The policy's role on the base, with an adapter that already does something."""
+    roles = Roles(base)
+    torch.manual_seed(0)
+    roles.add_fresh("policy", LoraSettings(rank=4, alpha=8))
+    roles.set_trainable("policy")
+    for name, parameter in roles.parameters("policy").items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    return roles
+
+
+def run(loaded: LoadedConfig) -> Manifest:
+    return sft.run(loaded, RunDirectory.open(loaded))
+
+
+# -- the loss
+
+
+def loss_by_hand(roles: Roles, rows: list[TokenizedExample]) -> tuple[float, int]:
+    """The sum of -log p over what the assistant says, a row and a token at a time in float64; and their number."""
+    model = copy.deepcopy(roles.model).double().eval()
+    total, count = 0.0, 0
+    for row in rows:
+        logits_LV = model(input_ids=torch.tensor([row.ids])).logits[0]
+        for position in range(1, len(row.ids)):
+            if row.loss_mask[position]:
+                total -= float(logits_LV[position - 1].log_softmax(-1)[row.ids[position]])
+                count += 1
+    return total, count
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@torch.no_grad()
+def test_the_loss_is_over_the_assistants_tokens_alone(tmp_path: Path, packing: bool) -> None:
+    roles = policy(loaded_tiny_base(tmp_path))
+    rows = sft.tokenize(roles.base.chat, demonstrations())
+    total, count = loss_by_hand(roles, rows)
+    trainer = sft.build_trainer(roles, arguments(tmp_path, packing=packing, max_length=256), rows, [])
+    batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
+    assert len(batches) < len(rows) if packing else len(batches) == len(rows)
+    trainer.model.eval()
+    found = sum(float(trainer.compute_loss(roles.model, batch, num_items_in_batch=count)) for batch in batches)
+    assert found == pytest.approx(total / count, rel=1e-5)
+    # What users say, and the template's own words, are no targets.
+    targets = sum(int((batch["labels"] != sft.IGNORED).sum()) for batch in batches)
+    assert targets == count == sum(sum(row.loss_mask) for row in rows) < sum(len(row.ids) for row in rows)
+
+
+@torch.no_grad()
+def test_the_held_out_loss_counts_every_token_the_same(tmp_path: Path) -> None:
+    roles = policy(loaded_tiny_base(tmp_path))
+    rows = sft.tokenize(roles.base.chat, demonstrations())
+    total, count = loss_by_hand(roles, rows)
+    accelerator = sft.build_trainer(roles, arguments(tmp_path), rows, []).accelerator
+    for max_tokens in (1, 100, 10_000):
+        found = sft.held_out_loss(roles, "policy", rows, accelerator, max_tokens)
+        assert found == pytest.approx(total / count, rel=1e-5)
+    # Before training the adapter changes nothing, so that the bare base stands for it.
+    bare = sft.held_out_loss(roles, None, rows, accelerator, 100)
+    assert bare is not None and found is not None and abs(bare - found) > 1e-3
+    assert sft.held_out_loss(roles, "policy", [], accelerator, 100) is None
+
+
+def trained_adapter(base: Base, rows: list[TokenizedExample], settings: Any) -> dict[str, Tensor]:
+    roles = policy(base, scale=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in roles.parameters("policy").items()}
+    trainer = sft.build_trainer(roles, settings, rows, [])
+    trainer.train()
+    changes = {name: parameter.detach() - before[name] for name, parameter in roles.parameters("policy").items()}
+    roles.model.unload()
+    return changes
+
+
+def test_a_step_does_not_depend_on_how_its_batch_is_divided(tmp_path: Path) -> None:
+    base = loaded_tiny_base(tmp_path)
+    rows = sft.tokenize(base.chat, demonstrations()[:8])
+    # SGD, since Adam's first steps would hide a wrong scale of the gradient.
+    settings = {"batch_size": 4, "max_steps": 3, "learning_rate": 1.0, "max_grad_norm": 1e9, "optimizer": "sgd"}
+    whole = trained_adapter(base, rows, arguments(tmp_path, **settings | {"microbatch_size": 4}))
+    for microbatch in (1, 2):
+        parts = trained_adapter(base, rows, arguments(tmp_path, **settings | {"microbatch_size": microbatch}))
+        for name, change in whole.items():
+            torch.testing.assert_close(parts[name], change, rtol=1e-3, atol=1e-6)
+    assert max(float(change.abs().max()) for change in whole.values()) > 1e-3
+
+
+# -- rows in one sequence
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_packed_rows_do_not_see_each_other(tmp_path: Path, architecture: str, attention: str | None) -> None:
+    base = loaded_tiny_base(tmp_path, architecture)
+    if attention is not None:  # None is the architecture's own choice, SDPA for most
+        base.model.set_attn_implementation(attention)
+    roles = policy(base)
+    rows = sft.tokenize(base.chat, demonstrations())
+    trainer = sft.build_trainer(roles, arguments(tmp_path, packing=True, max_length=256), rows, [])
+    assert len(trainer.train_dataset) < len(rows)
+    sft.require_separate_rows(roles, trainer)
+    packed, count = 0.0, sum(sum(row.loss_mask) for row in rows)
+    trainer.model.eval()
+    for row in trainer.train_dataset:
+        batch = trainer.data_collator([row])
+        packed += float(trainer.compute_loss(roles.model, batch, num_items_in_batch=count))
+    alone = sft.held_out_loss(roles, "policy", rows, trainer.accelerator, 1)
+    assert packed == pytest.approx(alone, rel=1e-5)
+
+
+def test_rows_that_would_see_each_other_are_refused(tmp_path: Path) -> None:
+    roles = policy(loaded_tiny_base(tmp_path))
+    rows = sft.tokenize(roles.base.chat, demonstrations())
+    trainer = sft.build_trainer(roles, arguments(tmp_path, packing=True, max_length=256), rows, [])
+    collate = trainer.data_collator
+    # As with a kernel that does not look at the positions.
+    trainer.data_collator = lambda rows: {"input_ids": collate(rows)["input_ids"]}
+    with pytest.raises(ConfigError, match="would see each other"):
+        sft.require_separate_rows(roles, trainer)
+
+
+# -- numbers and storage
+
+
+def test_the_adapter_stays_exact_and_in_float32(tmp_path: Path) -> None:
+    base = loaded_tiny_base(tmp_path, quantization="nf4")
+    roles = policy(base)
+    before = {name: parameter.detach().clone() for name, parameter in roles.parameters("policy").items()}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in before.values())
+    trainer = sft.build_trainer(roles, arguments(tmp_path), sft.tokenize(base.chat, demonstrations()), [])
+    for name, parameter in roles.parameters("policy").items():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name])
+    assert roles.trainable_names() == roles.declared_names() == set(before)
+    trainer.create_optimizer()
+    optimized = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
+    assert optimized == {id(parameter) for parameter in roles.parameters("policy").values()}
+
+
+def test_a_base_that_changed_is_refused(tmp_path: Path) -> None:
+    base = loaded_tiny_base(tmp_path, quantization="nf4")
+    before = fingerprint(base.model)
+    policy(base)
+    trl_training.require_unchanged_base(base, before)
+    next(base.model.parameters()).data[0, 0] += 1
+    with pytest.raises(BaseModelError, match="changed during training"):
+        trl_training.require_unchanged_base(base, before)
+
+
+# -- the stage
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LoadedConfig, Manifest]]:
+    """A run on an NF4 base that learns to say the question's word again."""
+    folder = tmp_path_factory.mktemp("sft")
+    settings = {"max_steps": 40, "learning_rate": 2e-2, "batch_size": 8, "microbatch_size": 8, "max_length": 64}
+    loaded = tiny_config(folder, sft=settings | {"gradient_checkpointing": False})
+    yield loaded, run(loaded)
+
+
+def test_the_held_out_loss_falls(learned: tuple[LoadedConfig, Manifest]) -> None:
+    metrics = learned[1].metrics
+    assert metrics["held_out_loss_before"] == pytest.approx(math.log(259), abs=0.1)  # of 259 tokens nothing is known
+    # The tiny output head is frozen: its logits reach 1.3 at the most, and the loss about 4.3 at the least.
+    assert metrics["held_out_loss_after"] < metrics["held_out_loss_before"] - 0.4
+    for when in ("before", "after"):
+        expected = math.exp(metrics[f"held_out_loss_{when}"])
+        assert metrics[f"held_out_perplexity_{when}"] == pytest.approx(expected)
+    assert (metrics["rows"], metrics["held_out_rows"], metrics["steps"]) == (32, 8, 40)
+    assert metrics["assistant_tokens"] == 5 * 32  # three letters, an exclamation mark, EOS
+
+
+def test_the_manifest_tells_what_the_data_gave(learned: tuple[LoadedConfig, Manifest]) -> None:
+    (report,) = learned[1].extra["data"]
+    assert (report["read"], report["train"], report["held_out"]) == (40, 32, 8)
+
+
+def test_metrics_are_written_once_a_step(learned: tuple[LoadedConfig, Manifest]) -> None:
+    rows = read_metrics(RunDirectory(learned[0].config.run_dir).metrics("sft"))
+    assert [row["step"] for row in rows] == [*range(5, 41, 5)]
+    assert all(row["loss"] and row["grad_norm"] and row["tokens_per_second"] for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_plain_peft_loads_the_adapter_and_says_the_same(
+    learned: tuple[LoadedConfig, Manifest], tmp_path: Path, quantization: str
+) -> None:
+    loaded, _ = learned
+    settings = loaded.config.base.model_copy(update={"quantization": quantization})
+    folder = RunDirectory(loaded.config.run_dir).stage("sft")
+    ours = load_base(settings, "cpu")
+    roles = Roles(ours)
+    roles.add_weights("reference", folder)
+    ids_BL = torch.tensor([ours.chat.prompt_ids((Message("user", "owl"),))])
+    theirs = AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=torch.float32, quantization_config=getattr(ours.model.config, "quantization_config", None)
+    )
+    for module in theirs.modules():
+        # Some CPUs have another kernel for 4-bit inference, which rounds to bfloat16; trivet never uses it.
+        module.support_avx512bf16_for_cpu = False
+    with torch.no_grad():
+        bare = theirs(input_ids=ids_BL).logits
+        theirs = PeftModel.from_pretrained(theirs, folder).eval()
+        plain = theirs(input_ids=ids_BL).logits
+        roles.inference_mode()
+        with roles.active("reference"):
+            own = roles.logits(roles.hidden_states(ids_BL, torch.ones_like(ids_BL).bool()))
+    torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-5)
+    assert float((plain - bare).abs().max()) > 0.1
+
+
+def test_bad_data_is_told_before_the_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_weights(*_: object) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr(sft, "load_base", load_weights)
+    loaded = tiny_config(tmp_path, "sft.max_length=8")
+    with pytest.raises(DataError):
+        run(loaded)
+
+
+def test_nothing_is_printed_but_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    loaded = tiny_config(tmp_path, "sft.max_steps=2", "sft.packing=true")
+    capfd.readouterr()
+    run(loaded)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    foreign = [line for line in captured.err.splitlines() if not line.startswith("sft")]
+    assert [line for line in foreign if "Loading weights" not in line and "Failed to load CPU gemm" not in line] == []
+
+
+def test_a_gradient_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
+    loaded = tiny_config(tmp_path, "sft.learning_rate=1e30", "sft.warmup_ratio=0")
+    with pytest.raises(DivergenceError, match="not finite at step 2"):
+        run(loaded)
+    assert not RunDirectory(loaded.config.run_dir).stage("sft").exists()
+
+
+# -- interruption
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def interrupt(loaded: LoadedConfig, step: int) -> None:
+    """Run until after a step's optimizer update, and no further."""
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl_training.TrainingReport, "on_step_end", on_step_end)
+        patch.setattr(trl_training.TrainingReport, "on_step_begin", on_step_end, raising=False)
+        with pytest.raises(Interrupted):
+            run(loaded)
+
+
+def adapter_bytes(loaded: LoadedConfig) -> bytes:
+    return (RunDirectory(loaded.config.run_dir).stage("sft") / "adapter_model.safetensors").read_bytes()
+
+
+RESUMABLE = (
+    "sft.max_steps=8",
+    "sft.checkpoint_every=3",
+    "sft.keep_last=1",
+    "lora.dropout=0.1",
+    "sft.learning_rate=0.01",
+)
+
+
+def test_an_interrupted_run_resumes_and_ends_the_same(tmp_path: Path) -> None:
+    straight = tiny_config(tmp_path / "a", *RESUMABLE)
+    broken = tiny_config(tmp_path / "b", *RESUMABLE)
+    expected = run(straight).metrics
+    interrupt(broken, 5)
+    checkpoints = trl_training.checkpoint_folder("sft", RunDirectory(broken.config.run_dir))
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-3"]
+    (torn := checkpoints / "checkpoint-4").mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": ')
+    manifest = run(broken)
+    assert adapter_bytes(broken) == adapter_bytes(straight)
+    assert manifest.metrics == expected
+    rows = read_metrics(RunDirectory(broken.config.run_dir).metrics("sft"))
+    assert [row["step"] for row in rows] == [*range(1, 9)]
+    assert not checkpoints.exists()
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
+    straight = tiny_config(tmp_path / "a", *RESUMABLE, "lora.alpha=4")
+    run(straight)
+    interrupt(tiny_config(tmp_path / "b", *RESUMABLE), 5)
+    changed = tiny_config(tmp_path / "b", *RESUMABLE, "lora.alpha=4")
+    run(changed)
+    assert adapter_bytes(changed) == adapter_bytes(straight)
+
+
+def test_the_best_checkpoint_is_the_result_where_trl_is_asked_for_it(tmp_path: Path) -> None:
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    settings = {"max_steps": 4, "checkpoint_every": 2, "batch_size": 4, "microbatch_size": 2, "max_length": 128}
+    # "Best" is the highest loss here, so that it is not the last.
+    loaded = tiny_config(
+        tmp_path, sft=settings | {"learning_rate": 0.02, "trl": evaluation | {"metric_for_best_model": "eval_loss"}}
+    )
+    metrics = run(loaded).metrics
+    rows = read_metrics(RunDirectory(loaded.config.run_dir).metrics("sft"))
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert losses[0] is not None and losses[1] is not None and losses[0] - losses[1] > 0.01
+    # Rows of one length and mean over batches of one size: the same as the mean over tokens.
+    assert metrics["held_out_loss_after"] == pytest.approx(losses[0], rel=1e-4)
