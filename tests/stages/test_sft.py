@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from tiny_models import ARCHITECTURES, loaded_tiny_base, tiny_config
 from torch import Tensor
@@ -293,7 +291,7 @@ def test_a_gradient_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
 # -- interruption
 
 
-class Interrupted(Exception):
+class InterruptedHereError(Exception):
     """Stands for a kill."""
 
 
@@ -302,12 +300,12 @@ def interrupt(loaded: LoadedConfig, step: int) -> None:
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
-            raise Interrupted
+            raise InterruptedHereError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trl_training.TrainingReport, "on_step_end", on_step_end)
         patch.setattr(trl_training.TrainingReport, "on_step_begin", on_step_end, raising=False)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedHereError):
             run(loaded)
 
 
