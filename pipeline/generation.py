@@ -26,6 +26,8 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int = 64
+    ignore_eos: bool = False
+    """Sample on after an EOS, so that every response has all its tokens: for benchmarks of a fixed size."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _generate_batch(roles: Roles, prompts: Sequence[Sequence[int]], sampling: Sa
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
-            eos_token_id=eos,
+            eos_token_id=None if sampling.ignore_eos else eos,
             pad_token_id=eos,  # never read back: responses are cut at their first EOS
             use_cache=True,
         ),
@@ -110,7 +112,7 @@ def _generate_batch(roles: Roles, prompts: Sequence[Sequence[int]], sampling: Sa
     logprobs_BT = recorder.finish(ids_BT[:, -1])
     responses = []
     for ids, logprobs in zip(ids_BT.tolist(), logprobs_BT.tolist(), strict=True):
-        finished = eos in ids
+        finished = eos in ids and not sampling.ignore_eos
         length = ids.index(eos) + 1 if finished else len(ids)
         responses.append(Response(tuple(ids[:length]), tuple(logprobs[:length]), finished))
     return responses

@@ -25,7 +25,7 @@ from pipeline.base_model import fingerprint, load_base, load_tokenizer
 from pipeline.chat import ChatFormat
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_prompts
-from pipeline.distributed import seed_everything
+from pipeline.distributed import World, seed_everything
 from pipeline.errors import StartupGateError
 from pipeline.generation import Response, SamplingSettings, generate
 from pipeline.kl import kl_k1
@@ -60,6 +60,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         IncompatibleAdapterError, ArtifactError: an adapter does not fit or is damaged.
     """
     config, clock = loaded.config, StageClock()
+    world = World()  # every process does the same; one of them writes
     seed_everything(config.seed, deterministic=config.deterministic)
 
     # Data and judges.
@@ -74,7 +75,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         function.probe(prompts)
 
     # Adapters.
-    base = load_base(config.base)
+    base = load_base(config.base, world.device)
     fingerprint_before = fingerprint(base.model)
     roles = Roles(base)
     roles.add_from("reference", run.stage("sft"))
@@ -135,9 +136,12 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     def save(folder: Path) -> None:
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_json(folder / "samples.json", {"samples": rows[: config.evaluate.samples]})
+        write_json(folder / "samples.json", [as_sample(row) for row in rows[: config.evaluate.samples]])
 
-    return finish("evaluate", "evaluation", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save)
+    if world.is_main:
+        finish("evaluate", "evaluation", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save)
+    world.wait()
+    return read_manifest(run.stage("evaluate"))
 
 
 def answer(
@@ -198,6 +202,13 @@ def side_by_side(
         }
         for index, prompt in enumerate(prompts)
     ]
+
+
+def as_sample(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `side_by_side` for a reader: one judge's opinion, the gold measure's where there is one."""
+    judge = "gold" if "gold" in row["scores"] else next(iter(row["scores"]))
+    answers = {name: row[name] for name, _ in CONTESTANTS}
+    return {"prompt": row["prompt"], **answers, "judge": judge, "scores": row["scores"][judge]}
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def collect(
     kl_coefficient: float,
     seed: tuple[int | str, ...],
     world: World,
+    sampling: SamplingSettings | None = None,
 ) -> Experience:
     """Answer this process's prompts and judge the answers.
 
@@ -87,6 +88,7 @@ def collect(
         prompts: one entry a response (a prompt that is answered twice stands twice).
         kl_coefficient: beta, reward units a nat.
         seed: parts that the draws follow from.
+        sampling: how to draw; None is as `ppo` says.
 
     Raises:
         DivergenceError: a log-probability, value or score is not finite.
@@ -97,7 +99,7 @@ def collect(
 
     # 1. Sample.
     prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
-    responses = generate(roles, "policy", prompt_ids, sampling_settings(ppo), seed=seed)
+    responses = generate(roles, "policy", prompt_ids, sampling or sampling_settings(ppo), seed=seed)
     episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
     sampled = time.monotonic()
 
@@ -119,7 +121,9 @@ def collect(
     logprobs_BT = as_rows(score_logprobs(roles, "policy", episodes, **scoring))  # type: ignore[arg-type]
     reference_BT = as_rows(score_logprobs(roles, "reference", episodes, **scoring))  # type: ignore[arg-type]
     values_BT = as_rows(score_values(roles, episodes, trunk=value_trunk(ppo), max_tokens=ppo.microbatch_tokens))
-    _require_finite(policy_logprobs=logprobs_BT, reference_logprobs=reference_BT, values=values_BT, scores=scores_B)
+    _require_finite(
+        world, policy_logprobs=logprobs_BT, reference_logprobs=reference_BT, values=values_BT, scores=scores_B
+    )
 
     # 4. Rewards and advantages.
     kl_BT = kl_k1(logprobs_BT, reference_BT)
@@ -155,9 +159,10 @@ def collect(
     )
 
 
-def _require_finite(**tensors: Tensor) -> None:
+def _require_finite(world: World, **tensors: Tensor) -> None:
+    """Every process stops where one of them must: the others would wait for it."""
     for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
+        if world.maximum(float(not bool(tensor.isfinite().all()))):
             raise DivergenceError(
                 f"{name.replace('_', ' ')} of this round are not finite",
                 remedy="Lower ppo.learning_rate; the checkpoint before this round is intact.",

