@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.datasets import fingerprint
-
 import pipeline
 from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_source import locate
 from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
+from pipeline.datasets import fingerprint
 from pipeline.errors import ArtifactError
 from pipeline.functions import function_digest
 from pipeline.run_directory import RunDirectory, StageName

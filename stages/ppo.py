@@ -17,22 +17,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from pipeline.datasets import load_prompts
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.artifacts import Manifest, digest
+from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_model import fingerprint, load_base, load_tokenizer
 from pipeline.chat import ChatFormat
 from pipeline.checkpoint import CheckpointFolder, load_optimizer, save_optimizer
 from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig
+from pipeline.datasets import load_prompts
 from pipeline.distributed import World, seed_everything
-from pipeline.errors import DivergenceError, StartupGateError
+from pipeline.errors import DivergenceError, RewardFunctionError, StartupGateError
 from pipeline.generation import derive_seed
 from pipeline.kl import AdaptiveKL, FixedKL
 from pipeline.metrics import MetricsWriter
@@ -47,7 +48,7 @@ from stages.experience import collect
 from stages.gates import check_reward_round_trip, check_startup
 from stages.inputs import stage_inputs
 from stages.result import StageClock, finish
-from stages.round_metrics import round_metrics, sample_lines
+from stages.round_metrics import drop_samples_after, round_metrics, sample_lines
 from stages.update import Updater
 
 
@@ -98,24 +99,27 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     checkpoints = CheckpointFolder(
         run.working("ppo") / "checkpoints", inputs_digest=inputs_digest, keep_last=ppo.keep_last
     )
-    checkpoint = checkpoints.latest(warn=lambda text: print(f"warning: {text}", flush=True))
+    checkpoint = checkpoints.latest(warn=lambda text: say(world, f"warning: {text}"))
     start = 0
     if checkpoint is not None:
         start = checkpoint.step
         restore_roles(roles, checkpoint.folder)
         load_optimizer(checkpoint.folder / "optimizer.safetensors", optimizer, learning)
         kl.load_state_dict(checkpoint.state["kl"])
-        print(f"Resuming after iteration {start} of {ppo.iterations}.", flush=True)
+        say(world, f"Resuming after iteration {start} of {ppo.iterations}.")
 
     # Gates.
     measured |= check_startup(roles, prompts, ppo, seed=config.seed, policy_is_reference=start == 0)
-    print("Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".", flush=True)
+    say(world, "Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
 
     # Loop.
     last = min(ppo.iterations, ppo.max_steps or ppo.iterations)
     metrics: dict[str, float] = {}
-    with MetricsWriter(run.metrics("ppo")) as log, progress(last, "ppo", "iterations", done=start) as bar:
-        log.truncate_after(start)
+    writer = MetricsWriter(run.metrics("ppo")) if world.is_main else nullcontext()
+    with writer as log, progress(last, "ppo", "iterations", done=start) as bar:
+        if log is not None:
+            log.truncate_after(start)
+            drop_samples_after(run, start)
         for iteration in range(start, last):
             set_learning_rates(optimizer, ppo, iteration)
             mine = world.share(prompts_of(prompts, ppo, config.seed, iteration))
@@ -132,12 +136,14 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                 )
                 statistics, seconds = updater.timed_update(experience, iteration, critic_only=critic_only)
             except DivergenceError as error:
-                raise DivergenceError(
-                    error.problem, where=error.where or f"iteration {iteration + 1}", remedy=error.remedy
-                ) from None
+                where = error.where or f"iteration {iteration + 1}"
+                raise DivergenceError(error.problem, where=where, remedy=error.remedy) from None
+            except RewardFunctionError as error:
+                where = f"iteration {iteration + 1}, {error.where}"
+                raise RewardFunctionError(error.problem, where=where, remedy=error.remedy) from error.__cause__
             metrics = round_metrics(experience, statistics, seconds, kl_coefficient=kl.coefficient, world=world)
             kl.update(metrics["kl/policy_reference_k1"], config.responses_per_iteration)
-            if world.is_main:
+            if log is not None:
                 log.write(iteration + 1, metrics)
                 sample_lines(run, iteration + 1, experience)
             done = iteration + 1
@@ -159,10 +165,17 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         roles.save("policy", folder)
         save_critic(roles, ppo, folder / "value")
 
-    extra = {"gates": measured, "iterations": last}
-    return finish(
-        "ppo", "policy", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save, extra=extra
-    )
+    if world.is_main:
+        extra = {"gates": measured, "iterations": last}
+        finish("ppo", "policy", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save, extra=extra)
+    world.wait()
+    return read_manifest(run.stage("ppo"))
+
+
+def say(world: World, line: str) -> None:
+    """Print a line, once for all processes."""
+    if world.is_main:
+        print(line, flush=True)
 
 
 def add_critic(roles: Roles, ppo: PPOSettings, calibration: Calibration | None) -> None:

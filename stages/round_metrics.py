@@ -108,6 +108,15 @@ def correlation(left: Sequence[float], right: Sequence[float]) -> float:
     return float(centred[0] @ centred[1] / (norms[0] * norms[1])) if bool((norms > 1e-12).all()) else 0.0
 
 
+def drop_samples_after(run: RunDirectory, step: int) -> None:
+    """Drop the responses of rounds that are done again, or belong to an earlier run."""
+    path = run.metrics("ppo").with_name("ppo_samples.jsonl")
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end is torn
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
 def sample_lines(run: RunDirectory, iteration: int, experience: Experience) -> None:
     """Append a few of the round's responses to `metrics/ppo_samples.jsonl`."""
     path = run.metrics("ppo").with_name("ppo_samples.jsonl")

@@ -1,0 +1,136 @@
+"""The start-up gates: each opens for a sound start, and closes when its line is broken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import loaded_tiny_base, tiny_config
+from tiny_ppo import CALIBRATION, perturb, prompts, publish_reward, publish_sft, tiny_round
+
+from pipeline.artifacts import read_manifest
+from pipeline.base_model import load_base
+from pipeline.errors import StartupGateError
+from pipeline.roles import Roles
+from stages.gates import check_reward_round_trip, check_startup
+
+
+def check(found, *, policy_is_reference: bool = True) -> dict[str, float]:
+    return check_startup(found.roles, prompts(4), found.ppo, seed=0, policy_is_reference=policy_is_reference)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_a_sound_start_passes_with_a_kl_of_exactly_0(tmp_path, quantization, critic):
+    found = tiny_round(loaded_tiny_base(tmp_path, quantization=quantization), critic=critic, temperature=0.8)
+    measured = check(found)
+    assert measured["kl"] == 0.0
+    assert measured["logits_gap"] <= 1e-6
+    assert measured["sampler_gap"] < (1e-5 if quantization != "int8" else 0.1)
+
+
+def test_a_policy_that_is_not_the_reference_is_refused(tmp_path):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    perturb(found.roles, "policy", 1e-4)
+    with pytest.raises(StartupGateError, match=r"policy and reference differ by .* nats"):
+        check(found)
+    check(found, policy_is_reference=False)  # as after a resume
+
+
+def test_the_bare_base_as_the_reference_is_refused(tmp_path, monkeypatch):
+    """What PEFT's `disable_adapter` would give."""
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    own = found.roles.active
+    monkeypatch.setattr(found.roles, "active", lambda role: own(None if role == "reference" else role))
+    with pytest.raises(StartupGateError, match="policy and reference differ"):
+        check(found)
+
+
+def test_a_parameter_that_pefts_switching_froze_is_found(tmp_path, monkeypatch):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    monkeypatch.setattr(found.roles, "_apply_requires_grad", lambda: None)
+    with pytest.raises(StartupGateError, match="with the role '.*' active, the parameter .*lora_A.*"):
+        check(found)
+
+
+@pytest.mark.parametrize(("undo", "state"), [(True, "learns, but should not"), (False, "should learn, but does not")])
+def test_a_declaration_that_does_not_hold_is_found(tmp_path, monkeypatch, undo, state):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    name = "reference" if undo else "policy"
+    own = found.roles._apply_requires_grad
+
+    def meddling() -> None:
+        own()
+        next(iter(found.roles.parameters(name).values())).requires_grad_(undo)
+
+    monkeypatch.setattr(found.roles, "_apply_requires_grad", meddling)
+    with pytest.raises(StartupGateError, match=state):
+        check(found)
+
+
+def test_a_frozen_head_is_found(tmp_path, monkeypatch):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    own = found.roles._apply_requires_grad
+    monkeypatch.setattr(
+        found.roles, "_apply_requires_grad", lambda: (own(), found.roles.heads["value"].requires_grad_(False))
+    )
+    with pytest.raises(StartupGateError, match=r"heads\.value\.\w+ should learn, but does not"):
+        check(found)
+
+
+def test_logits_that_are_not_the_models_own_are_found(tmp_path):
+    found = tiny_round(loaded_tiny_base(tmp_path, "gemma2"))
+    check(found)
+    own = found.roles.logits
+    found.roles.logits = lambda hidden: own(hidden) + torch.linspace(0, 1, 259)  # type: ignore[method-assign]
+    with pytest.raises(StartupGateError, match="logits from hidden states differ"):
+        check(found)
+
+
+def test_nan_logits_do_not_pass_a_gate(tmp_path):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    own = found.roles.logits
+    found.roles.logits = lambda hidden: own(hidden) * float("nan")  # type: ignore[method-assign]
+    with pytest.raises(StartupGateError):
+        check(found)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """The reward role as PPO loads it, the manifest, and its folder."""
+    loaded = tiny_config(tmp_path, "base.quantization=none")
+    run = publish_sft(loaded)
+    publish_reward(loaded, run)
+    roles = Roles(load_base(loaded.config.base))
+    manifest = roles.add_from("reward", run.stage("reward"))
+    assert manifest == read_manifest(run.stage("reward"))
+    assert (manifest.reward_gain, manifest.reward_bias) == (CALIBRATION.gain, CALIBRATION.bias)
+    return roles, manifest, run.stage("reward")
+
+
+def test_the_reward_scores_as_it_did_when_it_was_trained(scored):
+    assert check_reward_round_trip(*scored) == 0.0
+
+
+@pytest.mark.parametrize("part", ["head", "adapter", "role"])
+def test_a_reward_that_scores_otherwise_is_refused(scored, part):
+    roles, manifest, folder = scored
+    with torch.no_grad():
+        if part == "head":
+            roles.heads["reward"].weight.mul_(1.1)
+        elif part == "adapter":
+            perturb(roles, "reward", 0.02)
+        else:
+            manifest = replace(manifest, extra={"probe": [{"ids": [5, 6, 7, 9], "score": 1.0}]})
+    with pytest.raises(StartupGateError, match="the reward adapter scores a sequence") as caught:
+        check_reward_round_trip(roles, manifest, folder)
+    assert caught.value.where == str(folder)
+
+
+def test_a_nan_score_is_refused(scored):
+    roles, manifest, folder = scored
+    with torch.no_grad():
+        roles.heads["reward"].weight.fill_(float("nan"))
+    with pytest.raises(StartupGateError):
+        check_reward_round_trip(roles, manifest, folder)

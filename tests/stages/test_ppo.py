@@ -1,0 +1,556 @@
+"""PPO's loop: what it may change, what it must not, when it stops, and that it learns and resumes.
+
+Shape legend: B response, T response token, N token of any response.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import loaded_tiny_base, tiny_base, tiny_config
+from tiny_ppo import (
+    favour_token,
+    perturb,
+    publish_reward,
+    publish_sft,
+    record_gradients,
+    sharp_base,
+    sharpen,
+    tiny_round,
+)
+
+from pipeline.artifacts import read_manifest
+from pipeline.base_model import fingerprint
+from pipeline.checkpoint import CheckpointFolder
+from pipeline.config import PPOSettings
+from pipeline.config_file import LoadedConfig
+from pipeline.errors import ConfigError, DivergenceError, RewardFunctionError, StartupGateError
+from pipeline.metrics import read_metrics
+from pipeline.run_directory import RunDirectory
+from stages import ppo
+from stages.update import Updater
+
+BOTH_CRITICS = pytest.mark.parametrize("critic", ["adapter", "head"])
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+# ---- the round
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_the_first_round_has_no_kl_and_a_ratio_of_1(tmp_path, quantization):
+    found = tiny_round(loaded_tiny_base(tmp_path, quantization=quantization), temperature=0.9)
+    experience = found.collect()
+    assert not experience.kl_BT.any() and not experience.kl_k3_BT.any()
+    statistics = found.updater.update(experience, 0, critic_only=False)
+    assert statistics.first_ratio_error is not None
+    assert statistics.first_ratio_error < (1e-5 if quantization != "int8" else 0.3)
+
+
+def test_the_reward_is_the_score_at_the_end_minus_the_kl_everywhere(tmp_path):
+    found = tiny_round(sharp_base(tmp_path))
+    favour_token(found.roles, found.roles.base.chat.eos_token_id, 9.0)
+    perturb(found.roles, "policy", 0.1)
+    experience = found.collect(kl_coefficient=0.3)
+    assert len(set(experience.lengths_B.tolist())) > 1
+    for row, episode in enumerate(experience.episodes):
+        last = len(episode.response) - 1
+        k1_T = experience.logprobs_BT[row] - experience.reference_logprobs_BT[row]
+        assert abs(float(k1_T[: last + 1].sum())) > 1e-3
+        wanted = [-0.3 * float(k1_T[t]) for t in range(last + 1)]
+        wanted[last] += float(experience.scores_B[row])
+        assert experience.rewards_BT[row, : last + 1].tolist() == pytest.approx(wanted, abs=1e-6)
+        assert not experience.rewards_BT[row, last + 1 :].any()
+
+
+def test_scores_are_clipped_before_the_penalty_for_a_missing_eos(tmp_path):
+    found = tiny_round(sharp_base(tmp_path))
+    favour_token(found.roles, found.roles.base.chat.eos_token_id, 9.0)
+    experience = found.collect(score_clip=0.25, missing_eos_penalty=2.0)
+    assert set(experience.finished_B.tolist()) == {True, False}
+    assert float(experience.raw_scores_B.abs().max()) > 0.25
+    for raw, score, finished in zip(
+        experience.raw_scores_B.tolist(),
+        experience.scores_B.tolist(),
+        experience.finished_B.tolist(),
+        strict=True,
+    ):
+        assert score == pytest.approx(min(max(raw, -0.25), 0.25) - (0.0 if finished else 2.0))
+    unlimited = found.collect(score_clip=None, missing_eos_penalty=0.0)
+    assert torch.equal(unlimited.scores_B, experience.raw_scores_B)
+
+
+def test_whitening_has_the_property_it_is_named_for(tmp_path):
+    found = tiny_round(sharp_base(tmp_path))
+    perturb(found.roles, "policy", 0.1)
+    plain = found.collect(whiten_advantages=False)
+    white = found.collect(whiten_advantages=True, whiten_rewards=True)
+    advantages_N = white.advantages_BT[white.mask_BT].double()
+    assert float(advantages_N.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(advantages_N.var(correction=0)) == pytest.approx(1, abs=1e-4)
+    rewards_N = white.rewards_BT[white.mask_BT].double()
+    assert float(rewards_N.var(correction=0)) == pytest.approx(1, abs=1e-3)  # 1e-8 beside a small variance
+    assert float(rewards_N.mean()) == pytest.approx(float(plain.rewards_BT[plain.mask_BT].mean()), abs=1e-5)
+    assert float(plain.advantages_BT[plain.mask_BT].var()) != pytest.approx(1, abs=0.1)
+
+
+@BOTH_CRITICS
+def test_only_policy_and_critic_move_and_both_do(tmp_path, critic):
+    """Every parameter of both roles moves; reference, reward and base keep every bit."""
+    found = tiny_round(loaded_tiny_base(tmp_path, quantization="nf4"), critic=critic)
+    before = {role: found.parameters(role) for role in ("policy", "value", "reference", "reward")}
+    base_before = fingerprint(found.roles.base.model)
+    for iteration in range(2):
+        found.updater.update(found.collect(iteration), iteration, critic_only=False)
+    for role in ("reference", "reward"):
+        assert same(before[role], found.parameters(role)), role
+    for role in ("policy", "value"):
+        after = found.parameters(role)
+        assert [name for name in after if torch.equal(after[name], before[role][name])] == [], role
+    assert fingerprint(found.roles.base.model) == base_before
+
+
+@BOTH_CRITICS
+def test_in_the_critics_warm_up_the_policy_keeps_every_bit(tmp_path, critic):
+    found = tiny_round(loaded_tiny_base(tmp_path), critic=critic)
+    before = {role: found.parameters(role) for role in ("policy", "value")}
+    for iteration in range(2):
+        found.updater.update(found.collect(iteration), iteration, critic_only=True)
+    assert same(before["policy"], found.parameters("policy"))
+    after = found.parameters("value")
+    assert all(not torch.equal(after[name], before["value"][name]) for name in after)
+
+
+@BOTH_CRITICS
+def test_the_critic_learns_to_predict_the_returns(tmp_path, critic):
+    found = tiny_round(sharp_base(tmp_path), critic=critic, epochs=30, learning_rate=1e-2, value_clip_range=None)
+    experience = found.collect()
+
+    def error(values_BT: torch.Tensor) -> float:
+        return float((values_BT - experience.returns_BT)[experience.mask_BT].square().mean())
+
+    before = error(experience.values_BT)
+    found.updater.update(experience, 0, critic_only=True)
+    assert error(found.collect().values_BT) < 0.2 * before  # the same responses: the policy stood still
+
+
+# ---- one step
+
+
+def gradients_of_one_step(folder: Path, critic: str, **settings: Any) -> dict[str, torch.Tensor]:
+    found = tiny_round(sharp_base(folder), critic=critic, minibatch_size=8, epochs=1, **settings)
+    perturb(found.roles, "value", seed=5)
+    seen = record_gradients(found, step=False)
+    favour_token(found.roles, found.roles.base.chat.eos_token_id, 9.0)  # responses of different lengths
+    found.updater.update(found.collect(microbatch_tokens=10_000), 0, critic_only=False)
+    assert len(seen) == 1
+    return seen[0]
+
+
+@BOTH_CRITICS
+def test_microbatches_do_not_change_loss_or_gradient(tmp_path, critic):
+    whole = gradients_of_one_step(tmp_path, critic, microbatch_tokens=10_000)
+    for microbatch_tokens in (16, 70):
+        parts = gradients_of_one_step(tmp_path, critic, microbatch_tokens=microbatch_tokens)
+        assert parts.keys() == whole.keys()
+        for name, wanted in whole.items():
+            # Float32 sums in another order; a mean of means would be off by tens of percent.
+            assert torch.allclose(parts[name], wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max())), name
+
+
+@BOTH_CRITICS
+def test_checkpointing_recomputes_and_changes_no_gradient(tmp_path, critic):
+    plain = gradients_of_one_step(tmp_path, critic, gradient_checkpointing=False)
+    recomputed = gradients_of_one_step(tmp_path, critic, gradient_checkpointing=True)
+    assert same(plain, recomputed)
+
+
+def test_the_checkpointing_switch_is_heeded(tmp_path):
+    calls = {}
+    for switch in (False, True):
+        found = tiny_round(loaded_tiny_base(tmp_path), minibatch_size=8, epochs=1, gradient_checkpointing=switch)
+        experience = found.collect()
+        counted: list[int] = []
+        layer = found.roles.base.model.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+        found.updater.update(experience, 0, critic_only=False)
+        calls[switch] = len(counted)
+    assert calls == {False: 2, True: 4}  # a forward pass for each of two roles, and its recomputation
+
+
+def test_clipping_acts_on_every_step_and_role(tmp_path):
+    found = tiny_round(loaded_tiny_base(tmp_path), max_grad_norm=1e-3, epochs=3)
+    seen = record_gradients(found)
+    norms: dict[str, list[float]] = {"policy": [], "value": []}
+    for iteration in range(2):
+        statistics = found.updater.update(found.collect(iteration), iteration, critic_only=False)
+        for role in norms:
+            norms[role] += statistics.gradient_norms[role]  # type: ignore[index]
+    assert len(seen) == len(norms["policy"]) == len(norms["value"]) == 12  # 2 iterations x 3 epochs x 2 minibatches
+    for role in norms:
+        assert min(norms[role]) > 2e-3, "clipping had nothing to do"
+        for gradients in seen:
+            mine = [gradient for name, gradient in gradients.items() if name in found.parameters(role)]
+            assert float(torch.cat([gradient.flatten() for gradient in mine]).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_each_epoch_has_a_fresh_permutation_of_all_responses(tmp_path, monkeypatch):
+    found = tiny_round(loaded_tiny_base(tmp_path), epochs=3)
+    rows: list[list[int]] = []
+    monkeypatch.setattr(found.updater, "_step", lambda _experience, chosen, *_, **__: rows.append(chosen))
+    experience = found.collect()
+    for iteration in (0, 1):
+        found.updater.update(experience, iteration, critic_only=False)
+    assert {len(chosen) for chosen in rows} == {4} and len(rows) == 12
+    epochs = [tuple(rows[start] + rows[start + 1]) for start in range(0, 12, 2)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert len(set(epochs)) == 6
+    again = list(rows)
+    rows.clear()
+    for iteration in (0, 1):
+        found.updater.update(experience, iteration, critic_only=False)
+    assert rows == again, "minibatches follow from seed, iteration and epoch alone"
+
+
+def test_only_response_tokens_get_logits(tmp_path):
+    found = tiny_round(loaded_tiny_base(tmp_path), epochs=1)
+    experience = found.collect()
+    rows: list[int] = []
+    own = found.roles.logits
+    found.roles.logits = lambda hidden: rows.append(hidden.shape[0]) or own(hidden)  # type: ignore[func-returns-value,method-assign]
+    found.updater.update(experience, 0, critic_only=False)
+    # Once in the forward pass, once where the backward pass recomputes them.
+    assert sum(rows) == 2 * int(experience.mask_BT.sum())
+
+
+def test_learning_rates_are_each_roles_own_and_fall(tmp_path):
+    found = tiny_round(
+        loaded_tiny_base(tmp_path), learning_rate=1e-3, critic_learning_rate=1e-2, iterations=4, lr_schedule="linear"
+    )
+    rates = []
+    for iteration in range(4):
+        ppo.set_learning_rates(found.optimizer, found.ppo, iteration)
+        rates.append([group["lr"] for group in found.optimizer.param_groups])
+    policy, value = zip(*rates, strict=True)
+    assert policy == pytest.approx((1e-3, 0.75e-3, 0.5e-3, 0.25e-3))
+    assert value == pytest.approx((1e-2, 0.75e-2, 0.5e-2, 0.25e-2))
+    wanted = [set(found.roles.parameters(role).values()) for role in ("policy", "value")]
+    assert [set(group["params"]) for group in found.optimizer.param_groups] == wanted
+    assert {(group["eps"], group["betas"]) for group in found.optimizer.param_groups} == {(1e-5, (0.9, 0.95))}
+
+
+def test_prompts_come_in_reshuffled_passes():
+    settings = PPOSettings(prompts_per_iteration=4)
+    pool: list[Any] = list(range(6))
+    drawn = [prompt for iteration in range(6) for prompt in ppo.prompts_of(pool, settings, 0, iteration)]
+    passes = [drawn[start : start + 6] for start in range(0, 24, 6)]
+    assert all(sorted(one) == pool for one in passes)
+    assert len(set(map(tuple, passes))) == 4
+    assert ppo.prompts_of(pool, settings, 1, 0) != ppo.prompts_of(pool, settings, 0, 0)
+
+
+# ---- the critic's start
+
+
+def test_the_critic_starts_as_the_calibrated_reward_model_or_at_zero(tmp_path):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    experience = found.collect(score_clip=None, missing_eos_penalty=0.0)
+    adapter = {
+        name.replace(".value.", ".reward."): tensor
+        for name, tensor in found.parameters("value").items()
+        if "lora" in name
+    }
+    assert same(adapter, {name: tensor for name, tensor in found.parameters("reward").items() if "lora" in name})
+    # Its value before the last token is the reward model's score of the sequence up to there.
+    from pipeline.scoring import score_rewards
+
+    before_last = [episode.ids[:-1] for episode in experience.episodes]
+    scores_B = found.rewards._model_scores(before_last)  # type: ignore[misc]
+    values_B = experience.values_BT[torch.arange(8), experience.lengths_B - 1]
+    assert torch.allclose(values_B, scores_B, atol=1e-5)
+    assert not torch.allclose(values_B, score_rewards(found.roles, before_last, max_tokens=64), atol=1e-2)
+    head = tiny_round(loaded_tiny_base(tmp_path), critic="head")
+    assert not head.collect().values_BT.any()
+
+
+# ---- what is not finite
+
+
+@pytest.mark.parametrize("what", ["logits", "values", "advantages", "returns"])
+def test_what_is_not_finite_stops_before_the_step_and_is_named(tmp_path, what):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    found.updater.update(found.collect(), 0, critic_only=False)
+    experience = found.collect(1)
+    before = {role: found.parameters(role) for role in ("policy", "value")}
+    moments = {key: value.clone() for state in found.optimizer.state.values() for key, value in state.items()}
+    own = found.roles.logits
+    if what == "logits":
+        found.roles.logits = lambda hidden: own(hidden) * float("nan")  # type: ignore[method-assign]
+    elif what == "values":
+        own_values = found.roles.head_values
+        found.roles.head_values = lambda role, hidden: own_values(role, hidden) * math.inf  # type: ignore[method-assign]
+    elif what == "advantages":
+        experience.advantages_BT[experience.mask_BT] = float("nan")
+    else:
+        experience.returns_BT[experience.mask_BT] = math.inf
+    quantity = "value" if what in ("values", "returns") else "policy"
+    with pytest.raises(DivergenceError, match=f"gradient of the {quantity} is not finite") as caught:
+        found.updater.update(experience, 6, critic_only=False)
+    assert caught.value.where == "iteration 7, epoch 1, minibatch 1"
+    for role in ("policy", "value"):
+        assert same(before[role], found.parameters(role))  # type: ignore[index]
+    after = {key: value for state in found.optimizer.state.values() for key, value in state.items()}
+    assert all(torch.equal(moments[key], after[key]) for key in moments)
+
+
+def test_nan_from_the_trunk_stops_the_round(tmp_path):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    own = found.roles.logits
+    found.roles.logits = lambda hidden: own(hidden) * float("nan")  # type: ignore[method-assign]
+    with pytest.raises(DivergenceError, match="policy logprobs of this round are not finite"):
+        found.collect()
+
+
+def test_a_ratio_that_is_not_1_at_first_is_refused(tmp_path):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    experience = found.collect()
+    perturb(found.roles, "policy", 0.1)
+    before = found.parameters("policy")
+    with pytest.raises(StartupGateError, match="ratio differs from 1") as caught:
+        found.updater.update(experience, 2, critic_only=False)
+    assert caught.value.where == "iteration 3, epoch 1, minibatch 1"
+    assert same(before, found.parameters("policy"))
+
+
+def test_a_ratio_at_another_temperature_is_refused(tmp_path):
+    found = tiny_round(sharp_base(tmp_path))
+    experience = found.collect(temperature=0.8)
+    with pytest.raises(StartupGateError, match="ratio differs from 1"):
+        found.updater.update(experience, 0, critic_only=False)
+
+
+# ---- the whole stage
+
+
+METRICS = (
+    "kl/policy_reference_k1 kl/policy_reference_k3 kl/coefficient objective/score_raw objective/score objective/reward"
+    " policy/entropy policy/clip_fraction policy/approx_kl policy/ratio_max value/loss value/explained_variance"
+    " value/clip_fraction policy/gradient_norm value/gradient_norm response/length_mean response/length_p95"
+    " response/eos_rate response/repetition response/score_length_correlation sampler/logprob_gap_mean"
+    " sampler/logprob_gap_max tokens/per_second seconds/rollout seconds/score seconds/update memory/peak_mb"
+).split()
+
+
+def whole_config(folder: Path, *overrides: str) -> LoadedConfig:
+    defaults = {"base.quantization": "none", "ppo.checkpoint_every": "1", "ppo.learning_rate": "0.001"}
+    chosen = defaults | dict(override.split("=", 1) for override in overrides)
+    return tiny_config(folder, *(f"{key}={value}" for key, value in chosen.items()))
+
+
+def learned(run: RunDirectory) -> dict[str, bytes]:
+    """Every file that PPO's result consists of."""
+    return {name: (run.stage("ppo") / name).read_bytes() for name in read_manifest(run.stage("ppo")).files}
+
+
+@BOTH_CRITICS
+def test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be(tmp_path, critic):
+    loaded = whole_config(tmp_path, f"ppo.critic={critic}", "base.quantization=nf4")
+    run = publish_sft(loaded)
+    publish_reward(loaded, run)
+    parents = {stage: read_manifest(run.stage(stage)).digest for stage in ("sft", "reward")}
+    manifest = ppo.run(loaded, run)
+
+    assert {stage: read_manifest(run.stage(stage)).digest for stage in parents} == parents == manifest.parents
+    assert manifest == read_manifest(run.stage("ppo"))
+    gates = manifest.extra["gates"]
+    assert gates["kl"] == 0.0 and gates["reward_round_trip"] == 0.0
+    wanted = {"adapter_config.json", "adapter_model.safetensors", "value/value_head.safetensors"}
+    if critic == "adapter":
+        wanted |= {"value/adapter_config.json", "value/adapter_model.safetensors"}
+    assert set(manifest.files) == wanted
+    assert not run.working("ppo").exists()
+
+    rows = read_metrics(run.metrics("ppo"))
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert [name for name in (*METRICS, "score/model") if row.get(name) is None] == []
+    assert rows[0]["kl/policy_reference_k1"] == 0.0 and rows[1]["kl/policy_reference_k1"] != 0.0
+    assert rows[0]["kl/policy_reference_k3"] == 0.0 < rows[1]["kl/policy_reference_k3"]
+    assert all(row["update/first_ratio_error"] < 1e-5 for row in rows)
+    assert all(row["sampler/logprob_gap_max"] < 1e-4 for row in rows)
+    samples = run.metrics("ppo").with_name("ppo_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [1, 1, 2, 2]
+
+
+class Interrupted(Exception):
+    """The process is gone."""
+
+
+def interrupt_before(monkeypatch, iteration: int) -> None:
+    own, calls = ppo.collect, []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > iteration:
+            raise Interrupted
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(ppo, "collect", interrupted)
+
+
+@BOTH_CRITICS
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch, critic):
+    overrides = (f"ppo.critic={critic}", "ppo.iterations=3", "ppo.kl.controller=adaptive", "ppo.kl.horizon=20")
+    results, rows = {}, {}
+    for name in ("undisturbed", "interrupted"):
+        loaded = whole_config(tmp_path / name, *overrides)
+        run = publish_sft(loaded)
+        publish_reward(loaded, run)
+        if name == "interrupted":
+            with monkeypatch.context() as patch, pytest.raises(Interrupted):
+                interrupt_before(patch, 2)
+                ppo.run(loaded, run)
+            kept = CheckpointFolder(run.working("ppo") / "checkpoints", inputs_digest="", keep_last=2)
+            states = {path.name: json.loads((path / "state.json").read_text()) for path in kept._folders()}
+            assert list(states) == ["00000002", "00000001"]
+            assert states["00000002"]["state"]["kl"]["coefficient"] != loaded.config.ppo.kl.coefficient
+            tensors = load_file(run.working("ppo") / "checkpoints" / "00000002" / "roles.safetensors")
+            assert {name.rpartition(".")[2] for name in tensors if "heads.value" in name} == {"weight", "bias"}
+            assert any("lora_B.policy" in name for name in tensors)
+            assert any("lora_B.value" in name for name in tensors) == (critic == "adapter")
+            with run.metrics("ppo").open("a") as file:  # what it wrote beyond the checkpoint
+                file.write('{"step": 3, "objective/score": 99}\n')
+            with run.metrics("ppo").with_name("ppo_samples.jsonl").open("a") as file:
+                file.write('{"step": 3, "prompt": "torn"}\n{"step"')
+        torch.manual_seed(99 if name == "interrupted" else 0)
+        ppo.run(loaded, run)
+        results[name], rows[name] = learned(run), read_metrics(run.metrics("ppo"))
+        lines = run.metrics("ppo").with_name("ppo_samples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2, 3, 3]
+    differing = [
+        file
+        for file in results["undisturbed"]
+        if file.endswith(".safetensors") and results["undisturbed"][file] != results["interrupted"][file]
+    ]
+    assert results["undisturbed"].keys() == results["interrupted"].keys() and differing == []
+    timeless = [
+        [
+            {key: value for key, value in row.items() if not key.startswith(("seconds", "tokens", "memory"))}
+            for row in run
+        ]
+        for run in rows.values()
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_reward_that_is_not_a_number_names_the_iteration_and_spares_the_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text(
+        "import os\n"
+        "def judge(prompts, completions, **columns):\n"
+        "    return [float(os.environ['JUDGEMENT'])] * len(prompts)\n"
+    )
+    loaded = whole_config(tmp_path, "ppo.rewards=[{function: judge.py:judge}]", "ppo.iterations=3")
+    monkeypatch.setenv("JUDGEMENT", "1")
+    run = publish_sft(loaded)
+    own, calls = ppo.collect, []
+
+    def spoilt(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        monkeypatch.setenv("JUDGEMENT", "nan" if len(calls) == 3 else "1")
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(ppo, "collect", spoilt)
+    with pytest.raises(RewardFunctionError, match="returned nan for the response") as caught:
+        ppo.run(loaded, run)
+    assert caught.value.where is not None and caught.value.where.startswith("iteration 3, ")
+    assert not run.stage("ppo").exists()
+    from pipeline.artifacts import digest
+    from stages.inputs import stage_inputs
+
+    folder = run.working("ppo") / "checkpoints"
+    kept = CheckpointFolder(folder, inputs_digest=digest(stage_inputs("ppo", loaded.config, run)), keep_last=2)
+    found = kept.latest(warn=pytest.fail)
+    assert found is not None and found.step == 2
+
+
+def test_a_divergence_names_its_iteration(tmp_path, monkeypatch):
+    loaded = whole_config(tmp_path, "ppo.rewards=[{function: tiny_data.py:share_of_a}]")
+    run = publish_sft(loaded)
+
+    def diverged(self: Updater, experience: Any, iteration: int, **options: Any) -> Any:
+        experience.advantages_BT[:] = float("nan")
+        return Updater.update(self, experience, iteration, **options), 0.0
+
+    monkeypatch.setattr(Updater, "timed_update", diverged)
+    with pytest.raises(DivergenceError, match="gradient of the policy") as caught:
+        ppo.run(loaded, run)
+    assert caught.value.where == "iteration 1, epoch 1, minibatch 1"
+
+
+def test_a_faulty_reward_function_stops_before_a_model_is_loaded(tmp_path, monkeypatch):
+    loaded = whole_config(tmp_path, "ppo.rewards=[{function: tiny_data.py:words}]")
+    run = publish_sft(loaded)
+    monkeypatch.setattr(ppo, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(RewardFunctionError, match="no reward function 'words'"):
+        ppo.run(loaded, run)
+
+
+def test_a_base_that_changed_is_not_published(tmp_path, monkeypatch):
+    loaded = whole_config(tmp_path, "ppo.rewards=[{function: tiny_data.py:share_of_a}]", "ppo.iterations=1")
+    run = publish_sft(loaded)
+    own = ppo.save_state
+
+    def meddling(folder: Path, roles: Any, *rest: Any) -> None:
+        own(folder, roles, *rest)
+        with torch.no_grad():
+            roles.base.model.get_output_embeddings().weight[0, 0] += 1
+
+    monkeypatch.setattr(ppo, "save_state", meddling)
+    with pytest.raises(StartupGateError, match="base changed"):
+        ppo.run(loaded, run)
+    assert not run.stage("ppo").exists()
+
+
+@pytest.mark.parametrize("override", ["ppo.top_p=0.9", "ppo.top_k=20"])
+def test_a_filter_on_the_samples_is_refused_unless_asked_for(tmp_path, override):
+    with pytest.raises(ConfigError, match="biases the KL estimate"):
+        tiny_config(tmp_path, override)
+    tiny_config(tmp_path, override, "ppo.allow_biased_sampling=true")
+
+
+def test_ppo_learns_what_is_rewarded(tmp_path):
+    """The share of letters in the answer: from what a random model says to clearly more."""
+    (tmp_path / "letters.py").write_text(
+        "def letters(prompts, completions, **columns):\n"
+        "    return [sum(letter in 'abcdefghijklmnopqrstuvwxyz' for letter in text) / 8 for text in completions]\n"
+    )
+    sharpen(tiny_base(tmp_path / "llama-base"))
+    loaded = whole_config(
+        tmp_path,
+        "ppo.rewards=[{function: letters.py:letters}]",
+        "ppo.learning_rate=0.01",
+        "ppo.iterations=10",
+        "ppo.prompts_per_iteration=32",
+        "ppo.minibatch_size=16",
+        "ppo.microbatch_tokens=2048",
+        "ppo.kl.coefficient=0.01",
+        "ppo.missing_eos_penalty=0",
+        "ppo.gradient_checkpointing=false",
+        "ppo.checkpoint_every=100",
+        "ppo.lr_schedule=constant",
+    )
+    ppo.run(loaded, publish_sft(loaded))
+    rows = read_metrics(RunDirectory(loaded.config.run_dir).metrics("ppo"))
+    first, last = rows[0]["objective/score"], rows[-1]["objective/score"]
+    assert first is not None and last is not None
+    assert last > first + 0.25, [row["objective/score"] for row in rows]
+    assert rows[-1]["kl/policy_reference_k1"] > 0.1  # type: ignore[operator]
