@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ RIDGE = 1.0
 def features(text: str) -> Counter[str]:
     """Counts of the words and word pairs of a text."""
     words = re.findall(r"[a-z']+", text.lower())
-    return Counter([*words, *(f"{left} {right}" for left, right in zip(words, words[1:], strict=False))])
+    return Counter([*words, *(f"{left} {right}" for left, right in pairwise(words))])
 
 
 class Regression:
