@@ -50,7 +50,7 @@ def test_the_bare_base_as_the_reference_is_refused(tmp_path, monkeypatch):
 def test_a_parameter_that_pefts_switching_froze_is_found(tmp_path, monkeypatch):
     found = tiny_round(loaded_tiny_base(tmp_path))
     monkeypatch.setattr(found.roles, "_apply_requires_grad", lambda: None)
-    with pytest.raises(StartupGateError, match="with the role '.*' active, the parameter .*lora_A.*"):
+    with pytest.raises(StartupGateError, match=r"with the role '.*' active, the parameter .*lora_A.*"):
         check(found)
 
 

@@ -341,13 +341,35 @@ def test_a_ratio_at_another_temperature_is_refused(tmp_path):
 # ---- the whole stage
 
 
-METRICS = (
-    "kl/policy_reference_k1 kl/policy_reference_k3 kl/coefficient objective/score_raw objective/score objective/reward"
-    " policy/entropy policy/clip_fraction policy/approx_kl policy/ratio_max value/loss value/explained_variance"
-    " value/clip_fraction policy/gradient_norm value/gradient_norm response/length_mean response/length_p95"
-    " response/eos_rate response/repetition response/score_length_correlation sampler/logprob_gap_mean"
-    " sampler/logprob_gap_max tokens/per_second seconds/rollout seconds/score seconds/update memory/peak_mb"
-).split()
+METRICS = [
+    "kl/policy_reference_k1",
+    "kl/policy_reference_k3",
+    "kl/coefficient",
+    "objective/score_raw",
+    "objective/score",
+    "objective/reward",
+    "policy/entropy",
+    "policy/clip_fraction",
+    "policy/approx_kl",
+    "policy/ratio_max",
+    "value/loss",
+    "value/explained_variance",
+    "value/clip_fraction",
+    "policy/gradient_norm",
+    "value/gradient_norm",
+    "response/length_mean",
+    "response/length_p95",
+    "response/eos_rate",
+    "response/repetition",
+    "response/score_length_correlation",
+    "sampler/logprob_gap_mean",
+    "sampler/logprob_gap_max",
+    "tokens/per_second",
+    "seconds/rollout",
+    "seconds/score",
+    "seconds/update",
+    "memory/peak_mb",
+]
 
 
 def whole_config(folder: Path, *overrides: str) -> LoadedConfig:
@@ -391,7 +413,7 @@ def test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be(tmp_pa
     assert [json.loads(line)["step"] for line in samples] == [1, 1, 2, 2]
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """The process is gone."""
 
 
@@ -401,7 +423,7 @@ def interrupt_before(monkeypatch, iteration: int) -> None:
     def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) > iteration:
-            raise Interrupted
+            raise InterruptedRunError
         return own(*arguments, **options)
 
     monkeypatch.setattr(ppo, "collect", interrupted)
@@ -416,7 +438,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch, crit
         run = publish_sft(loaded)
         publish_reward(loaded, run)
         if name == "interrupted":
-            with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            with monkeypatch.context() as patch, pytest.raises(InterruptedRunError):
                 interrupt_before(patch, 2)
                 ppo.run(loaded, run)
             kept = CheckpointFolder(run.working("ppo") / "checkpoints", inputs_digest="", keep_last=2)
