@@ -10,12 +10,14 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import bitsandbytes
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -101,7 +103,7 @@ def load_base(base: BaseSettings, device: torch.device | str | None = None) -> B
             trust_remote_code=base.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BaseModelError(
             f"the base cannot be loaded: {str(error).splitlines()[0]}",
             where=f"base.model={base.model}",
@@ -161,12 +163,12 @@ def _keep_4bit_storage_as_it_is(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the base's own parameters and buffers, adapters and heads left out.
+    """SHA-256 over the base's own parameters, buffers and quantization constants, adapters and heads left out.
 
     Equal before and after a stage: the quantized base never changes.
     """
     hasher = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *_quantization_constants(model)]:
         if any(part in name for part in ("lora_", "modules_to_save", "score.", "heads.")):
             continue
         hasher.update(name.replace("base_layer.", "").encode())
@@ -174,6 +176,21 @@ def fingerprint(model: nn.Module) -> str:
         for chunk in torch.split(flat, 1 << 26):
             hasher.update(chunk.cpu().numpy().tobytes())
     return hasher.hexdigest()
+
+
+def _quantization_constants(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What quantized weights are scaled by; bitsandbytes keeps it beside the parameters."""
+    for name, module in model.named_modules():
+        found: dict[str, Any] = {}
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            state = cast(Any, module.weight).quant_state
+            found = {"absmax": state.absmax, "code": state.code, "offset": state.offset}
+            if state.nested:
+                found |= {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code}
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            scale = cast(Any, module.weight).SCB
+            found = {"scale": cast(Any, module.state).SCB if scale is None else scale}  # the first forward moves it
+        yield from ((f"{name}.{key}", tensor) for key, tensor in found.items() if tensor is not None)
 
 
 def _as_folder(source: BaseSource, base: BaseSettings) -> Path:

