@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich import progress as bars
@@ -167,7 +167,7 @@ def _view_for_this_process() -> ProgressView:
     return view_for(sys.stderr)
 
 
-def view_for(stream: TextIO, console: Console | None = None) -> ProgressView:
+def view_for(stream: IO[str], console: Console | None = None) -> ProgressView:
     """A bar where the stream is a terminal, plain lines elsewhere.
 
     Args:
@@ -189,7 +189,7 @@ class SilentView:
 class PlainView:
     """A line at a job's start, at its end, and every few seconds between."""
 
-    def __init__(self, stream: TextIO, seconds_between: float = _SECONDS_BETWEEN_LINES) -> None:
+    def __init__(self, stream: IO[str], seconds_between: float = _SECONDS_BETWEEN_LINES) -> None:
         self._stream, self._seconds_between = stream, seconds_between
         self._printed: dict[str, tuple[float, ProgressUpdate]] = {}
 
@@ -213,7 +213,7 @@ class PlainView:
 class MachineView:
     """Machine lines for a parent process, a few a second at the most, the first and the last of a job always."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._written_at: dict[str, float] = {}
 
@@ -233,7 +233,7 @@ class MachineView:
 class TerminalView:
     """Rich bars, one a job. Their clocks run on between two updates."""
 
-    def __init__(self, stream: TextIO, console: Console | None = None) -> None:
+    def __init__(self, stream: IO[str], console: Console | None = None) -> None:
         from rich.console import Console
 
         self._console = console or Console(file=stream)

@@ -7,6 +7,7 @@ turns a failure into one error that says what went wrong.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -18,17 +19,22 @@ import sysconfig
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO
 
 import yaml
 
+from pipeline.artifacts import Manifest, read_manifest
 from pipeline.config import LaunchSettings
+from pipeline.config_file import LoadedConfig
 from pipeline.errors import StageFailedError
 from pipeline.progress import FORMAT_VARIABLE, ProgressUpdate, parse_machine_line
-from pipeline.run_directory import StageName
+from pipeline.run_directory import RunDirectory, StageName
+from stages.inputs import find_current
 
 ERROR_FILE_VARIABLE = "TRIVET_ERROR_FILE"
 """Environment variable: where a stage that fails says why, as JSON."""
@@ -53,6 +59,77 @@ _LAUNCHER_REPORT = re.compile(r"torch/distributed/elastic/multiprocessing/api\.p
 _FOREIGN_BAR = re.compile(r"\d+%\|.*\|.*\d+/\d+|\d+it \[")
 # Files that the drivers of NVIDIA (also under WSL), AMD and Intel GPUs make.
 _ACCELERATOR_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri/renderD128", "/dev/accel")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a finished stage hands on: a few figures and digests, never a tensor or a model.
+
+    `adapter_digest` is None for the evaluation, which makes no adapter. `cached` says that an earlier
+    result was still current, `reason` why the stage ran or did not.
+    """
+
+    stage: StageName
+    path: str
+    adapter_digest: str | None
+    seconds: float
+    peak_memory_bytes: int
+    metrics: Mapping[str, Any]
+    cached: bool
+    reason: str
+
+
+def ensure_stage(
+    stage: StageName,
+    loaded: LoadedConfig,
+    *,
+    force: bool,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[ProgressUpdate], None],
+) -> StageResult:
+    """The stage's result: the finished one if it is current, else that of a new run.
+
+    Args:
+        stage: which one. The stages before it must have results.
+        loaded: the run's config.
+        force: run the stage in any case.
+        on_line: receives what the stage prints.
+        on_progress: receives how far it has come.
+
+    Raises:
+        TrivetError: the stage failed, or what it needs is not there.
+    """
+    run = RunDirectory.open(loaded)
+    current, reason = find_current(stage, loaded, run)
+    if current is not None and not force:
+        on_line(f"{stage}: nothing to do; {reason}.")
+        return _result(stage, run, current, cached=True, reason=reason)
+    if current is not None:
+        reason = "run again on demand"
+    launch_stage(
+        stage,
+        loaded.path,
+        loaded.overrides,
+        loaded.config.launch,
+        run.log(stage),
+        force=force,
+        on_line=on_line,
+        on_progress=on_progress,
+    )
+    return _result(stage, run, read_manifest(run.stage(stage)), cached=False, reason=reason)
+
+
+def _result(stage: StageName, run: RunDirectory, manifest: Manifest, *, cached: bool, reason: str) -> StageResult:
+    return StageResult(
+        stage=stage,
+        path=str(run.stage(stage)),
+        adapter_digest=None if stage == "evaluate" else manifest.digest,
+        seconds=manifest.seconds,
+        peak_memory_bytes=manifest.peak_memory_bytes,
+        metrics=manifest.metrics,
+        cached=cached,
+        reason=reason,
+    )
 
 
 def launch_stage(
@@ -190,24 +267,25 @@ def _processes(launch: LaunchSettings) -> int:
     return 1  # Accelerate itself will say what is wrong with the file.
 
 
-def _run_supervised(
-    command: list[str],
-    environment: dict[str, str],
-    log: Any,
-    on_line: Callable[[str], None],
-    on_progress: Callable[[ProgressUpdate], None],
-) -> int:
-    """Run the command under the supervisor, whose end means that no process of it is left."""
+@contextmanager
+def supervised(
+    command: Sequence[str], environment: Mapping[str, str], *, output: int | IO[bytes], error: int | IO[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command whose whole process tree ends with the block, or with this process, however that dies.
+
+    Args:
+        command: the program and its arguments.
+        environment: its environment.
+        output: where its standard output goes, as for `subprocess.Popen`.
+        error: where its standard error goes.
+    """
     lifeline, held_open = os.pipe()
     try:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_SUPERVISOR), str(lifeline), str(_GRACE_SECONDS), *command],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
+            stdout=output,
+            stderr=error,
             env=environment,
             pass_fds=[lifeline],
             # Ctrl-C reaches this process alone, which then asks the supervisor to end the tree in order.
@@ -219,28 +297,38 @@ def _run_supervised(
     finally:
         os.close(lifeline)
     try:
-        assert process.stdout is not None
-        for line in _without_foreign_bars(process.stdout):
-            update, rest = parse_machine_line(line)
-            if update is not None:
-                on_progress(update)
-            if text := _ESCAPES.sub("", rest).rstrip():
-                log.write(text + "\n")
-                log.flush()
-                on_line(text)
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE_SECONDS + 6)
-        raise
+        yield process
     finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_SECONDS + 6)
         os.close(held_open)
-        if process.stdout is not None:
-            process.stdout.close()
 
 
-def _without_foreign_bars(lines: Iterator[str]) -> Iterator[str]:
+def _run_supervised(
+    command: list[str],
+    environment: dict[str, str],
+    log: TextIO,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[ProgressUpdate], None],
+) -> int:
+    with supervised(command, environment, output=subprocess.PIPE, error=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        # The end of this stream means that no process of the stage is left.
+        with io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace") as lines:
+            for line in _without_foreign_bars(lines):
+                update, rest = parse_machine_line(line)
+                if update is not None:
+                    on_progress(update)
+                if text := _ESCAPES.sub("", rest).rstrip():
+                    log.write(text + "\n")
+                    log.flush()
+                    on_line(text)
+        return process.wait()
+
+
+def _without_foreign_bars(lines: Iterable[str]) -> Iterator[str]:
     """Let only a few states of a library's own progress bar through, such as a download's."""
     shown_at = -math.inf
     for line in lines:

@@ -1,0 +1,236 @@
+"""The `trivet` command. Imports lazily, so that help and typing mistakes are answered at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+import typer.core
+
+if TYPE_CHECKING:
+    from flows.display import Display
+    from pipeline.config_file import LoadedConfig
+    from pipeline.run_directory import StageName
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Commands(typer.core.TyperGroup):
+    """Shows errors that a user can put right without a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        from pipeline.errors import TrivetError
+
+        try:
+            return super().invoke(ctx)
+        except TrivetError as error:
+            _print_error(error)
+            raise typer.Exit(EXIT_USER_ERROR) from None
+        except KeyboardInterrupt:
+            print("Interrupted. The same command goes on where this one stopped.", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="trivet",
+    cls=_Commands,
+    help="Align a language model with human preferences: SFT, reward model and PPO as LoRA adapters on one base.",
+    no_args_is_help=True,
+    add_completion=False,
+    # For faults of the program a plain traceback is the useful one.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="Settings that replace the file's.", show_default=False),
+]
+Force = Annotated[bool, typer.Option("--force", help="Run again although the finished result is current.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show all settings, the batches and the plan; run nothing.")]
+
+
+def main() -> None:
+    """Entry point of the `trivet` command."""
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    app(prog_name="trivet")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import pipeline
+
+        print(f"trivet {pipeline.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _trivet(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Run the whole job: sft, reward, ppo, evaluate. Stages whose results are current are skipped."""
+    loaded = _load(config, overrides)
+    if dry_run:
+        _print_plan(loaded, _stages(loaded), force=force)
+        return
+    _run_flow(loaded, force=force)
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Stage 1: supervised fine-tuning on instructions."""
+    _run_stage("sft", _load(config, overrides), force=force, dry_run=dry_run)
+
+
+@app.command()
+def reward(config: Config, overrides: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Stage 2: the reward model on preference pairs."""
+    _run_stage("reward", _load(config, overrides), force=force, dry_run=dry_run)
+
+
+@app.command()
+def ppo(config: Config, overrides: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Stage 3: PPO from the SFT adapter against the reward."""
+    _run_stage("ppo", _load(config, overrides), force=force, dry_run=dry_run)
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Stage 4: the PPO policy against SFT on held-out prompts."""
+    _run_stage("evaluate", _load(config, overrides), force=force, dry_run=dry_run)
+
+
+@app.command()
+def data(config: Config, overrides: Overrides = None) -> None:
+    """Show what each data source gives: rows read, kept and dropped, and why. Loads no model."""
+    from rich.console import Console
+
+    loaded = _load(config, overrides)
+    settings = loaded.config
+
+    from pipeline.base_model import load_tokenizer
+    from pipeline.chat import ChatFormat
+    from pipeline.datasets import load_instructions, load_preferences, load_prompts, render_reports
+
+    chat = ChatFormat(load_tokenizer(settings.base))
+    console = Console()
+    if settings.data.instructions.sources:
+        instructions = load_instructions(settings.data, chat, settings.sft.max_length)
+        console.print(*render_reports("Instructions", instructions), sep="\n")
+    if settings.data.preferences.sources:
+        preferences = load_preferences(settings.data, chat, settings.reward.max_length)
+        console.print(*render_reports("Preferences", preferences), sep="\n")
+    if settings.data.prompts.sources:
+        prompts = load_prompts(settings.data, chat, settings.ppo.max_prompt_tokens)
+        console.print(*render_reports("Prompts", prompts), sep="\n")
+    for kind in ("instructions", "preferences", "prompts"):
+        if not getattr(settings.data, kind).sources:
+            console.print(f"data.{kind}: no sources in the config.", highlight=False)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Also check that this config loads.", show_default=False)
+    ] = None,
+) -> None:
+    """Check the installation and the machine: versions, devices, bitsandbytes, Prefect, hub access, disk space."""
+    from rich.console import Console
+
+    from flows.doctor import examine
+
+    if not examine(config, Console()):
+        raise typer.Exit(1)
+
+
+def _load(config: Path, overrides: list[str] | None) -> LoadedConfig:
+    from pipeline.config_file import load_config
+
+    return load_config(config, overrides or ())
+
+
+def _stages(loaded: LoadedConfig) -> tuple[StageName, ...]:
+    from pipeline.run_directory import STAGES
+
+    return tuple(stage for stage in STAGES if stage != "reward" or loaded.config.trains_reward_model)
+
+
+def _print_plan(loaded: LoadedConfig, stages: tuple[StageName, ...], *, force: bool) -> None:
+    from stages.command import plan
+
+    for line in plan(loaded, stages, force=force):
+        print(line)
+
+
+def _run_stage(stage: StageName, loaded: LoadedConfig, *, force: bool, dry_run: bool) -> None:
+    if dry_run:
+        _print_plan(loaded, (stage,), force=force)
+        return
+    from stages.launch import ensure_stage
+
+    with _shown() as display:
+        ensure_stage(stage, loaded, force=force, on_line=display.line, on_progress=display.progress)
+
+
+def _run_flow(loaded: LoadedConfig, *, force: bool) -> None:
+    from flows.server import prefect_server
+    from flows.summary import show_summary
+    from pipeline.run_directory import RunDirectory
+
+    RunDirectory.open(loaded)  # Not worth starting a server for, if the folder is another run's.
+    with _shown() as display:
+        display.line("Starting Prefect; the first time this takes a quarter of a minute ...", "dim")
+        with prefect_server() as place:
+            display.line(place, "dim")
+            # Our handler prints the run's log, in the place of Prefect's.
+            os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", "flows.display.RunLogHandler")
+            from flows.rlhf import rlhf
+
+            summary = rlhf(str(loaded.path), list(loaded.overrides), force)
+        show_summary(summary, display.console)
+        display.line(f"All figures: {RunDirectory(loaded.config.run_dir).summary}")
+
+
+@contextmanager
+def _shown() -> Iterator[Display]:
+    from rich.console import Console
+
+    from flows.display import Display, showing
+
+    with showing(Display(Console())) as display:
+        yield display
+
+
+def _print_error(error: Exception) -> None:
+    from rich.console import Console
+
+    from stages.launch import StageProcessError
+
+    # The last lines of a stage's log have just passed on this screen.
+    text = error.summary if isinstance(error, StageProcessError) else str(error)
+    Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Unwind, so that a stage's processes and Prefect's server are ended in order."""
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

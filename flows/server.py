@@ -1,0 +1,121 @@
+"""The Prefect server that a run reports to: the user's own, or one that lives as long as the run.
+
+Prefect would start such a server by itself, but leave it running when the run is ended by a signal, and
+take twice as long. This one hangs on the same lifeline as a stage's processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import TrivetError
+from stages.launch import supervised
+
+_SECONDS_TO_START = 90.0
+_SECONDS_TO_ANSWER = 3.0
+_USERS_CHOICE = ("PREFECT_API_URL", "PREFECT_PROFILE")
+
+
+class ServerError(TrivetError, ConnectionError):
+    """No Prefect server answers: the temporary one did not start, or the user's own is not there."""
+
+
+@contextmanager
+def prefect_server() -> Iterator[str]:
+    """Set the environment so that Prefect, imported later, finds a server; yields a sentence about which.
+
+    With PREFECT_API_URL or PREFECT_PROFILE set, the user's own server and settings are used as they are.
+    Otherwise a server runs as long as the block, with its history under the cache folder, apart from any
+    Prefect installation of the user's.
+
+    Raises:
+        ServerError: nothing answers.
+    """
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    if any(os.environ.get(name) for name in _USERS_CHOICE):
+        if url := os.environ.get("PREFECT_API_URL"):
+            _require_answer(url)
+        yield "Reporting to the Prefect server of your settings."
+        return
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(_default_home())))
+    with _temporary_server(home) as url:
+        os.environ["PREFECT_API_URL"] = url
+        try:
+            yield f"The run's history is kept in {home}."
+        finally:
+            del os.environ["PREFECT_API_URL"]
+
+
+def _default_home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trivet" / "prefect"
+
+
+@contextmanager
+def _temporary_server(home: Path) -> Iterator[str]:
+    home.mkdir(parents=True, exist_ok=True)
+    log_path = home / "server.log"
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    environment = os.environ | {
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_UI_ENABLED": "false",
+        "PREFECT_API_URL": url,
+    }
+    with (
+        log_path.open("wb") as log,
+        supervised(
+            [sys.executable, "-m", "prefect", "server", "start"], environment, output=log, error=subprocess.STDOUT
+        ) as process,
+    ):
+        end = time.monotonic() + _SECONDS_TO_START
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > end:
+                last = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                raise ServerError(
+                    f"the temporary Prefect server did not start{f': {last[0]}' if last else ''}",
+                    where=str(log_path),
+                    remedy="Check the installation with trivet doctor, or run the stages one by one without"
+                    " Prefect: trivet sft CONFIG, trivet reward CONFIG, ...",
+                )
+            time.sleep(0.1)
+        yield url
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=1) as reply:
+        healthy: bool = reply.read() == b"true"
+        return healthy
+    return False
+
+
+def _require_answer(url: str) -> None:
+    """Find out in seconds what Prefect's client would wait minutes for."""
+    try:
+        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=_SECONDS_TO_ANSWER).close()
+    except urllib.error.HTTPError:
+        return  # It refuses, so it is there; Prefect's client brings the password.
+    except (OSError, ValueError) as error:
+        raise ServerError(
+            f"no Prefect server answers ({getattr(error, 'reason', None) or error})",
+            where=f"PREFECT_API_URL={url}",
+            remedy="Start it with prefect server start, or unset PREFECT_API_URL to run without one.",
+        ) from None

@@ -1,0 +1,131 @@
+"""The figures of a run: `summary.json`, and the table and samples that a person reads."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+import pipeline
+from pipeline.config_file import LoadedConfig
+from pipeline.memory import megabytes
+from pipeline.progress import duration
+from pipeline.run_directory import STAGES, RunDirectory, write_json
+from stages.launch import StageResult
+
+SAMPLES = "samples.json"
+"""The evaluation's side-by-side answers, in its folder."""
+
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "prefect")
+
+
+def write_summary(loaded: LoadedConfig, results: Sequence[StageResult | None], started: datetime) -> dict[str, Any]:
+    """Write `summary.json` and return its content.
+
+    Args:
+        loaded: the run's config.
+        results: what the stages handed on; None for a stage that the config does without.
+        started: when the run began.
+    """
+    done = {result.stage: result for result in results if result is not None}
+    summary: dict[str, Any] = {
+        "config": str(loaded.path.resolve()),
+        "overrides": list(loaded.overrides),
+        "run_dir": str(Path(loaded.config.run_dir).resolve()),
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "stages": {
+            name: {
+                "seconds": done[name].seconds,
+                "peak_memory_bytes": done[name].peak_memory_bytes,
+                "metrics": dict(done[name].metrics),
+                "adapter_digest": done[name].adapter_digest,
+                "cached": done[name].cached,
+                "reason": done[name].reason,
+            }
+            for name in STAGES
+            if name in done
+        },
+        "evaluation": dict(done["evaluate"].metrics) if "evaluate" in done else {},
+    }
+    write_json(RunDirectory(loaded.config.run_dir).summary, summary)
+    return summary
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {"trivet": pipeline.__version__, "python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def show_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the table of stages, and the answers before and after."""
+    table = Table(title=f"Run {summary['run_dir']}", title_justify="left", show_lines=True)
+    table.add_column("stage")
+    table.add_column("time", justify="right")
+    table.add_column("peak memory", justify="right")
+    table.add_column("figures", overflow="fold")
+    for name, stage in summary["stages"].items():
+        figures = Group(*(Text(f"{key}  {value}") for key, value in figures_of(stage["metrics"])))
+        seconds = duration(stage["seconds"]) + ("\n(earlier)" if stage["cached"] else "")
+        table.add_row(name, seconds, megabytes(stage["peak_memory_bytes"]), figures)
+    for panel in samples(Path(summary["run_dir"]) / "evaluate" / SAMPLES):
+        console.print(panel)
+    console.print(table)
+
+
+def figures_of(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Metrics as names and short texts; an estimate `{value, low, high, n}` becomes one text."""
+    for key, value in metrics.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
+            count = f", n={_number(value['n'])}" if "n" in value else ""
+            yield name, f"{_number(value['value'])} [{_number(value['low'])}, {_number(value['high'])}{count}]"
+        elif isinstance(value, Mapping):
+            yield from figures_of(value, f"{name}.")
+        elif not isinstance(value, (list, tuple)):
+            yield name, _number(value)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def samples(path: Path) -> Iterator[RenderableType]:
+    """The side-by-side answers that the evaluation left."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        body = Text()
+        body.append(f"{_as_text(entry['prompt']).strip()}\n", style="bold")
+        for label in ("sft", "ppo"):
+            score = f" ({entry['judge']} {_number(entry['scores'][label])})"
+            body.append(f"\n{label.upper()}{score}: ", style="cyan" if label == "sft" else "green")
+            body.append(_as_text(entry[label]).strip() or "(nothing)")
+        yield Panel(body)
+
+
+def _as_text(text: Any) -> str:
+    """A plain text as it is; of a conversation, its turns."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{message['role']}: {message['content']}" for message in text)
