@@ -40,6 +40,7 @@ from pipeline.scalar_head import trunk_of
 from pipeline.scoring import LOGIT_CHUNK_TOKENS
 from pipeline.trl_options import sft_arguments
 from stages.command import stage_main
+from stages.projection import IGNORED, project_only_targets
 from stages.result import StageClock, finish
 from stages.trl_training import (
     TrainingReport,
@@ -51,9 +52,6 @@ from stages.trl_training import (
     require_unchanged_base,
     train,
 )
-
-IGNORED = -100
-"""The label of a token that the loss does not see."""
 
 
 def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
@@ -167,6 +165,8 @@ def build_trainer(
     # On a quantized base TRL rounds adapters to bfloat16, in which small updates are lost.
     for name, parameter in roles.parameters("policy").items():
         parameter.data = exact[name]
+    if roles.device.type == "cpu":
+        project_only_targets(roles)
     return trainer
 
 

@@ -97,6 +97,33 @@ def test_the_loss_is_over_the_assistants_tokens_alone(tmp_path: Path, packing: b
     assert targets == count == sum(sum(row.loss_mask) for row in rows) < sum(len(row.ids) for row in rows)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_of_targets_alone_give_the_loss_and_gradients_of_all_logits(tmp_path: Path, architecture: str) -> None:
+    roles = policy(loaded_tiny_base(tmp_path, architecture))
+    rows = sft.tokenize(roles.base.chat, demonstrations())
+    trainer = sft.build_trainer(roles, arguments(tmp_path), rows, [])
+    ours: Any = roles.base.model.forward
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(len(rows))])
+    found = []
+    for forward in (ours, ours.__wrapped__):
+        roles.base.model.forward = forward
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        gradients = [parameter.grad for parameter in roles.parameters("policy").values()]
+        metrics = {name: values[0] for name, values in trainer._metrics["train"].items() if name != "num_tokens"}
+        trainer._metrics["train"].clear()
+        found.append([loss.detach(), gradients, metrics])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert set(found[0][2]) == {"entropy", "mean_token_accuracy"}
+    # A batch in which nobody says anything is a loss of 0, not a fault.
+    roles.base.model.forward = ours
+    silent = batch | {"labels": torch.full_like(batch["labels"], sft.IGNORED)}
+    loss = trainer.compute_loss(trainer.model, silent)
+    loss.backward()
+    assert float(loss.detach()) == 0
+
+
 @torch.no_grad()
 def test_the_held_out_loss_counts_every_token_the_same(tmp_path: Path) -> None:
     roles = policy(loaded_tiny_base(tmp_path))
