@@ -126,7 +126,8 @@ def data(config: Config, overrides: Overrides = None) -> None:
 
     from pipeline.base_model import load_tokenizer
     from pipeline.chat import ChatFormat
-    from pipeline.datasets import load_instructions, load_preferences, load_prompts, render_reports
+    from pipeline.data_report import render_reports
+    from pipeline.datasets import load_instructions, load_preferences, load_prompts
 
     chat = ChatFormat(load_tokenizer(settings.base))
     console = Console()

@@ -52,7 +52,7 @@ QUIET_ENVIRONMENT = {
 _LAST_LINES = 30
 _GRACE_SECONDS = 10.0
 _SECONDS_BETWEEN_FOREIGN_BARS = 15.0
-_SOURCE_ROOT = Path(__file__).resolve().parent.parent
+SOURCE_ROOT = Path(__file__).resolve().parent.parent
 _SUPERVISOR = Path(__file__).resolve().with_name("supervisor.py")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f]")
 _LAUNCHER_REPORT = re.compile(r"torch/distributed/elastic/multiprocessing/api\.py:\d+\] failed \(exitcode")
@@ -183,7 +183,7 @@ def launch_stage(
             *("--module", module or f"stages.{stage}"),
             *arguments,
         ]
-        environment = _environment(launch) | {ERROR_FILE_VARIABLE: str(error_path), FORMAT_VARIABLE: "json"}
+        environment = child_environment(launch) | {ERROR_FILE_VARIABLE: str(error_path), FORMAT_VARIABLE: "json"}
         started = datetime.now(UTC).isoformat(timespec="seconds")
         log.write(f"--- {started} {stage} {' '.join(arguments)} ({_processes(launch)} process(es))\n")
         code = _run_supervised(command, environment, log, keep, on_progress)
@@ -220,15 +220,16 @@ def _accelerate_command(launch: LaunchSettings, scratch: Path) -> list[str]:
     ]
 
 
-def _environment(launch: LaunchSettings) -> dict[str, str]:
+def child_environment(launch: LaunchSettings) -> dict[str, str]:
+    """What the processes of a stage get as their environment."""
     # Stages know nothing of Prefect, and its settings may hold a password.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     environment = QUIET_ENVIRONMENT | inherited
     environment["PYTHONUNBUFFERED"] = "1"
     # Stages are found wherever trivet was started, and nothing in that folder takes a library's place.
     environment["PYTHONSAFEPATH"] = "1"
-    if Path(sysconfig.get_path("purelib")).resolve() != _SOURCE_ROOT:
-        paths = [str(_SOURCE_ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
+    if Path(sysconfig.get_path("purelib")).resolve() != SOURCE_ROOT:
+        paths = [str(SOURCE_ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     if launch.accelerate_config is None and not has_accelerator():
         environment["ACCELERATE_USE_CPU"] = "true"
