@@ -117,12 +117,18 @@ class Round:
     updater: Updater
     world: World
 
-    def collect(self, iteration: int = 0, kl_coefficient: float = 0.05, **changes: Any) -> Experience:
-        """Sample and score a round."""
+    def collect(
+        self,
+        iteration: int = 0,
+        kl_coefficient: float = 0.05,
+        asked: Sequence[Prompt] | None = None,
+        **changes: Any,
+    ) -> Experience:
+        """Sample and score a round: this process's prompts, all eight of them by default."""
         return collect(
             self.roles,
             self.rewards,
-            prompts(8),
+            prompts(8) if asked is None else asked,
             self.ppo.model_copy(update=changes),
             kl_coefficient=kl_coefficient,
             seed=(0, "rollout", iteration, 0),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import loaded_tiny_base, tiny_base, tiny_config
 from tiny_ppo import (
+    CALIBRATION,
     favour_token,
     perturb,
     publish_reward,
@@ -26,14 +28,17 @@ from tiny_ppo import (
 )
 
 from pipeline.artifacts import read_manifest
-from pipeline.base_model import fingerprint
+from pipeline.base_model import fingerprint, load_base
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig
 from pipeline.errors import ConfigError, DivergenceError, RewardFunctionError, StartupGateError
 from pipeline.metrics import read_metrics
+from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
+from pipeline.scoring import score_rewards
 from stages import ppo
+from stages.round_metrics import correlation, repetition, round_metrics
 from stages.update import Updater
 
 BOTH_CRITICS = pytest.mark.parametrize("critic", ["adapter", "head"])
@@ -271,8 +276,6 @@ def test_the_critic_starts_as_the_calibrated_reward_model_or_at_zero(tmp_path):
     }
     assert same(adapter, {name: tensor for name, tensor in found.parameters("reward").items() if "lora" in name})
     # Its value before the last token is the reward model's score of the sequence up to there.
-    from pipeline.scoring import score_rewards
-
     before_last = [episode.ids[:-1] for episode in experience.episodes]
     scores_B = found.rewards._model_scores(before_last)  # type: ignore[misc]
     values_B = experience.values_BT[torch.arange(8), experience.lengths_B - 1]
@@ -280,6 +283,69 @@ def test_the_critic_starts_as_the_calibrated_reward_model_or_at_zero(tmp_path):
     assert not torch.allclose(values_B, score_rewards(found.roles, before_last, max_tokens=64), atol=1e-2)
     head = tiny_round(loaded_tiny_base(tmp_path), critic="head")
     assert not head.collect().values_BT.any()
+
+
+def test_the_stage_applies_the_stored_calibration(tmp_path, monkeypatch):
+    loaded = whole_config(tmp_path, "ppo.iterations=1")
+    run = publish_sft(loaded)
+    publish_reward(loaded, run)
+    seen: list[Any] = []
+    own = ppo.collect
+    monkeypatch.setattr(ppo, "collect", lambda *args, **named: seen.append(own(*args, **named)) or seen[-1])
+    ppo.run(loaded, run)
+    roles = Roles(load_base(loaded.config.base))
+    roles.add_from("reward", run.stage("reward"))
+    raw_B = score_rewards(roles, [episode.ids for episode in seen[0].episodes], max_tokens=256)
+    assert torch.allclose(seen[0].terms["model"], CALIBRATION.gain * raw_B + CALIBRATION.bias, atol=1e-6)
+
+
+# ---- metrics
+
+
+def test_metrics_count_real_tokens_and_nothing_else(tmp_path):
+    """Each mean again, as a loop over the tokens that were said; padding would dilute it."""
+    found = tiny_round(sharp_base(tmp_path), epochs=1, minibatch_size=8, microbatch_tokens=70)
+    favour_token(found.roles, found.roles.base.chat.eos_token_id, 9.0)
+    perturb(found.roles, "policy", 0.1)
+    experience = found.collect()
+    lengths = [len(episode.response) for episode in experience.episodes]
+    assert len(set(lengths)) > 2
+    real = [(row, t) for row, length in enumerate(lengths) for t in range(length)]
+    ours, theirs = experience.logprobs_BT, experience.reference_logprobs_BT
+    gaps = [abs(float(ours[place] - experience.sampler_logprobs_BT[place])) for place in real]
+    k1 = sum(float(ours[place] - theirs[place]) for place in real) / 8
+    k3 = sum(math.expm1(float(theirs[place] - ours[place])) + float(ours[place] - theirs[place]) for place in real) / 8
+    entropies = []
+    with torch.no_grad(), found.roles.active("policy"):
+        for row, t in real:
+            episode = experience.episodes[row]
+            ids = torch.tensor([episode.prompt + episode.response[:t]])
+            hidden_BLD = found.roles.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool))
+            p_V = found.roles.logits(hidden_BLD)[0, -1].double().softmax(dim=-1)
+            entropies.append(float(-(p_V * p_V.log()).sum()))
+    returns = [float(experience.returns_BT[place]) for place in real]
+    errors = [float(experience.returns_BT[place] - experience.values_BT[place]) for place in real]
+
+    statistics = found.updater.update(experience, 0, critic_only=False)
+    metrics = round_metrics(experience, statistics, 2.0, kl_coefficient=0.05, world=found.world)
+    assert metrics["kl/policy_reference_k1"] == pytest.approx(k1, rel=1e-4)
+    assert metrics["kl/policy_reference_k3"] == pytest.approx(k3, rel=1e-4)
+    assert metrics["objective/reward"] == pytest.approx(float(experience.scores_B.mean()) - 0.05 * k1, rel=1e-4)
+    assert metrics["policy/entropy"] == pytest.approx(sum(entropies) / len(real), rel=1e-4)
+    assert metrics["value/explained_variance"] == pytest.approx(1 - pvariance(errors) / pvariance(returns), rel=1e-3)
+    assert metrics["value/loss"] == pytest.approx(sum(error**2 for error in errors) / 2 / len(real), rel=1e-3)
+    assert metrics["sampler/logprob_gap_mean"] == pytest.approx(sum(gaps) / len(gaps))
+    assert metrics["sampler/logprob_gap_max"] == pytest.approx(max(gaps))
+    assert metrics["response/length_mean"] == sum(lengths) / 8
+    assert metrics["response/eos_rate"] == float(experience.finished_B.float().mean())
+    seconds = sum(metrics[f"seconds/{phase}"] for phase in ("rollout", "score", "update"))
+    assert metrics["tokens/per_second"] == pytest.approx(len(real) / seconds)
+
+
+def test_repetition_and_correlation_by_example():
+    assert repetition([1, 2, 3, 1, 2, 3]) == 0.25 and repetition([1, 2]) == 0.0 and repetition([7] * 5) == pytest.approx(2 / 3)
+    assert correlation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(1.0)
+    assert correlation([1.0, 2.0], [5.0, 5.0]) == 0.0
 
 
 # ---- what is not finite

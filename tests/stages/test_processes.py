@@ -1,0 +1,96 @@
+"""Two processes over gloo do what one does: the same gradient, the same metrics, one result."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from safetensors.torch import load_file
+from tiny_models import tiny_config
+from tiny_ppo import publish_reward, publish_sft, sharp_base
+
+from pipeline.artifacts import read_manifest
+from pipeline.metrics import read_metrics
+from pipeline.run_directory import RunDirectory
+
+TESTS = Path(__file__).parents[1]
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes leave behind; started once for all tests of this file."""
+    folder = tmp_path_factory.mktemp("two")
+    sharp_base(folder / "step")
+    loaded = tiny_config(folder / "stage", *two_processes.SETTINGS)
+    publish_reward(loaded, publish_sft(loaded))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    address["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "two_processes.py"), str(folder)],
+            env=os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in running:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output[-4000:]
+    finally:
+        for process in running:
+            process.kill()
+    return folder
+
+
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_the_number_of_processes_does_not_change_gradient_or_step(folder, critic):
+    gradients, parameters, metrics = two_processes.one_step(folder / "step", critic)
+    both = [folder / f"{critic}-{rank}" for rank in (0, 1)]
+    for file, wanted in (("gradients", gradients), ("parameters", parameters)):
+        first, second = (load_file(path / f"{file}.safetensors") for path in both)
+        assert first.keys() == second.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(first[name], second[name]), name
+            # Float32 sums in another order; a mean of the processes' means would be off by tens of percent.
+            scale = float(tensor.abs().max())
+            assert torch.allclose(first[name], tensor, rtol=1e-3, atol=2e-5 * scale), name
+    said = [json.loads((path / "metrics.json").read_text()) for path in both]
+    for name, value in metrics.items():
+        if not name.startswith(("seconds", "tokens", "memory")):
+            assert said[0][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+            assert said[0][name] == said[1][name], name
+
+
+def test_a_stage_of_two_processes_has_one_result(folder):
+    run = RunDirectory(folder / "stage" / "run")
+    for stage in ("ppo", "evaluate"):
+        digests = {json.loads((folder / f"stages-{rank}.json").read_text())[stage] for rank in (0, 1)}
+        assert digests == {read_manifest(run.stage(stage)).digest}
+    assert [row["step"] for row in read_metrics(run.metrics("ppo"))] == [1, 2]
+    assert [path.name for path in run.root.iterdir() if path.name.startswith(".")] == []
+
+
+def test_each_process_draws_with_a_seed_of_its_own_in_each_round(folder):
+    seeds = [tuple(seed) for rank in (0, 1) for seed in json.loads((folder / f"seeds-{rank}.json").read_text())]
+    assert len(seeds) == len(set(seeds)) == 4
+
+
+def test_what_is_not_finite_in_one_process_stops_both(folder):
+    said = [(folder / f"stopped-{rank}").read_text() for rank in (0, 1)]
+    assert said == ["values of this round are not finite"] * 2

@@ -1,0 +1,95 @@
+"""What `test_processes.py` runs in one process and in two: a PPO step on given responses, and whole stages.
+
+python two_processes.py FOLDER        with PYTHONPATH, RANK, WORLD_SIZE and the address of rank 0 in the environment
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tiny_models import tiny_config
+from tiny_ppo import prompts, record_gradients, sharp_base, tiny_round
+from torch import Tensor
+
+from pipeline.distributed import World
+from pipeline.errors import DivergenceError
+from pipeline.generation import Response
+from pipeline.run_directory import RunDirectory
+from stages import evaluate, experience, ppo
+from stages.round_metrics import round_metrics
+
+SETTINGS = ("base.quantization=none", "launch.processes=2", "ppo.checkpoint_every=1")
+
+
+def given_responses(roles: Any, role: Any, prompt_ids: Any, sampling: Any, **_: Any) -> list[Response]:
+    """Responses that follow from the prompt, 1 to 8 tokens long, instead of samples."""
+    eos = roles.base.chat.eos_token_id
+    found = []
+    for ids in prompt_ids:
+        length = 1 + sum(ids) % 8
+        said = (*((sum(ids) * 7 + 13 * t) % 256 for t in range(length - 1)), eos)
+        found.append(Response(said, (-5.0,) * length, True))
+    return found
+
+
+def one_step(folder: Path, critic: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """One optimizer step on eight given responses: gradients, parameters after it, metrics."""
+    world = World()
+    found = tiny_round(
+        sharp_base(folder), critic=critic, minibatch_size=8, epochs=1, whiten_rewards=True, max_grad_norm=1e9
+    )
+    seen = record_gradients(found)
+    own, experience.generate = experience.generate, given_responses
+    try:
+        collected = found.collect(asked=list(world.share(prompts(8))))
+    finally:
+        experience.generate = own
+    statistics = found.updater.update(collected, 0, critic_only=False)
+    metrics = round_metrics(collected, statistics, 0.0, kl_coefficient=0.05, world=world)
+    return seen[0], {**found.parameters("policy"), **found.parameters("value")}, metrics
+
+
+def main(folder: Path) -> None:
+    world = World()
+    torch.set_num_threads(1)
+    for critic in ("adapter", "head"):
+        gradients, parameters, metrics = one_step(folder / "step", critic)
+        target = folder / f"{critic}-{world.rank}"
+        target.mkdir(parents=True)
+        save_file(gradients, target / "gradients.safetensors")
+        save_file(parameters, target / "parameters.safetensors")
+        (target / "metrics.json").write_text(json.dumps(metrics))
+        world.wait()
+
+    # Whole stages; the parents lie ready.
+    loaded = tiny_config(folder / "stage", *SETTINGS)
+    run = RunDirectory.open(loaded)
+    seeds = []
+    own = ppo.collect
+    ppo.collect = lambda *args, **named: (seeds.append(named["seed"]), own(*args, **named))[1]
+    stages = {"ppo": ppo.run(loaded, run).digest, "evaluate": evaluate.run(loaded, run).digest}
+    (folder / f"stages-{world.rank}.json").write_text(json.dumps(stages))
+    (folder / f"seeds-{world.rank}.json").write_text(json.dumps(seeds))
+
+    # One process finds what is not finite: both stop.
+    found = tiny_round(sharp_base(folder / "step"))
+    if world.rank == 1:
+        with torch.no_grad():
+            found.roles.heads["value"].bias.fill_(float("nan"))
+    try:
+        found.collect(asked=list(world.share(prompts(8))))
+    except DivergenceError as error:
+        (folder / f"stopped-{world.rank}").write_text(error.problem)
+    world.wait()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    assert os.environ["WORLD_SIZE"] == "2"
+    main(Path(sys.argv[1]))
