@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
     ]
     try:
         for process in running:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=120)
             assert process.returncode == 0, output[-4000:]
     finally:
         for process in running:

@@ -1,0 +1,637 @@
+"""Breaks trivet on purpose, one line at a time, and shows that a test notices.
+
+Each entry of the table undoes one thing that PPO on adapters must get right. The script copies the repository, applies
+one mutation after the other to the copy, and runs the tests that should fail.
+
+    python tests/mutations.py [WORDS]        only mutations whose description contains the words
+
+Exit code 0: all tests pass without a mutation, and every mutation is noticed. It takes about ten seconds a mutation.
+`test_mutations.py` keeps the table true to the source.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = (".git", ".venv", "*cache*", "runs", "*.egg-info", "node_modules")
+
+ROLES, GENERATION, SCORING = (f"tests/pipeline/test_{name}.py" for name in ("roles", "generation", "scoring"))
+BATCHING, CHECKPOINT, REWARDS = (f"tests/pipeline/test_{name}.py" for name in ("batching", "checkpoint", "rewards"))
+BASE, ARTIFACTS, RUN_DIRECTORY = (
+    f"tests/pipeline/test_{name}.py" for name in ("base_model", "artifacts", "run_directory")
+)
+PPO, GATES, EVALUATE, PROCESSES = (f"tests/stages/test_{name}.py" for name in ("ppo", "gates", "evaluate", "processes"))
+PARITY = "tests/parity/test_ppo_step.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault: in `file`, `old`, which occurs there once, becomes `new`; each of `tests` should fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+TABLE = (
+    # ---- tokens and rollouts
+    Mutation(
+        "padding is recognised by its id",
+        "pipeline/batching.py",
+        "length_mask(lengths_B, ids_BL.shape[1]).to(device)",
+        "(ids_BL != _PADDING).to(device)",
+        (f"{BATCHING}::test_padding_is_known_by_length_whatever_the_ids_are",),
+    ),
+    Mutation(
+        "the mask hides every token that equals the pad token",
+        "stages/experience.py",
+        "mask_BT = length_mask(lengths_B, size)",
+        "mask_BT = length_mask(lengths_B, size)"
+        " & (pad_rows([torch.tensor(r.ids) for r in responses], size) != chat.tokenizer.pad_token_id)",
+        (f"{GENERATION}::test_what_the_pad_token_is_changes_nothing",),
+    ),
+    Mutation(
+        "reward training sees another end than PPO",
+        "pipeline/chat.py",
+        "add([*self._encode_after(said), *([self.eos_token_id] if closed else [])], True)",
+        "add([*self._encode_after(said)], True)",
+        (f"{SCORING}::test_the_same_pair_gets_the_same_score_in_both_stages",),
+    ),
+    Mutation(
+        "the sampler forgets the temperature in its log-probabilities",
+        "pipeline/generation.py",
+        "self._previous_BV = scores.float() / self._temperature",
+        "self._previous_BV = scores.float()",
+        (f"{GENERATION}::test_recorded_logprobs_are_the_trainers_own",),
+    ),
+    Mutation(
+        "the update forgets the temperature",
+        "stages/update.py",
+        "batch, temperature=ppo.temperature, with_entropy=True",
+        "batch, temperature=1.0, with_entropy=True",
+        (f"{PPO}::test_the_first_round_has_no_kl_and_a_ratio_of_1", PARITY),
+    ),
+    Mutation(
+        "samples are filtered",
+        "pipeline/generation.py",
+        "            top_k=sampling.top_k,",
+        "            top_k=20,",
+        (f"{GENERATION}::test_samples_follow_the_tempered_softmax_of_the_role",),
+    ),
+    Mutation(
+        "biased sampling is accepted silently",
+        "pipeline/config.py",
+        "if (ppo.top_p != 1.0 or ppo.top_k != 0) and not ppo.allow_biased_sampling:",
+        "if False:",
+        (f"{PPO}::test_a_filter_on_the_samples_is_refused_unless_asked_for",),
+    ),
+    Mutation(
+        "what follows the first EOS is kept",
+        "pipeline/generation.py",
+        "length = ids.index(eos) + 1 if finished else len(ids)",
+        "length = len(ids)",
+        (f"{GENERATION}::test_a_response_ends_with_its_first_eos",),
+    ),
+    Mutation(
+        "the EOS itself is cut off",
+        "pipeline/generation.py",
+        "length = ids.index(eos) + 1 if finished else len(ids)",
+        "length = ids.index(eos) or 1 if finished else len(ids)",
+        (f"{GENERATION}::test_a_response_ends_with_its_first_eos",),
+    ),
+    Mutation(
+        "the score stands on the padding after the last token",
+        "pipeline/advantages.py",
+        "scatter_add(1, lengths_B[:, None] - 1,",
+        "scatter_add(1, torch.full_like(lengths_B[:, None], rewards_BT.shape[1] - 1),",
+        (f"{PPO}::test_the_reward_is_the_score_at_the_end_minus_the_kl_everywhere", PARITY),
+    ),
+    Mutation(
+        "the reward model reads one token too early",
+        "pipeline/scalar_head.py",
+        "last_B = (positions_L * mask_BL.long()).argmax(dim=1)",
+        "last_B = (positions_L * mask_BL.long()).argmax(dim=1) - 1",
+        (f"{SCORING}::test_the_score_is_read_at_the_last_real_token",),
+    ),
+    Mutation(
+        "a missing EOS costs nothing",
+        "stages/experience.py",
+        "clipped_B - ppo.missing_eos_penalty * (~finished_B).float()",
+        "clipped_B",
+        (f"{PPO}::test_scores_are_clipped_before_the_penalty_for_a_missing_eos", PARITY),
+    ),
+    Mutation(
+        "dropout stays on",
+        "pipeline/roles.py",
+        "                module.p = 0.0",
+        "                pass",
+        (f"{ROLES}::test_no_dropout_of_base_or_adapter_is_left_in_training_mode",),
+    ),
+    Mutation(
+        "all processes draw the same",
+        "stages/ppo.py",
+        'seed=(config.seed, "rollout", iteration, world.rank),',
+        'seed=(config.seed, "rollout", iteration),',
+        (f"{PROCESSES}::test_each_process_draws_with_a_seed_of_its_own_in_each_round",),
+    ),
+    Mutation(
+        "every round draws the same",
+        "stages/ppo.py",
+        'seed=(config.seed, "rollout", iteration, world.rank),',
+        'seed=(config.seed, "rollout", world.rank),',
+        (f"{PROCESSES}::test_each_process_draws_with_a_seed_of_its_own_in_each_round",),
+    ),
+    Mutation(
+        "sampling follows the global generator",
+        "pipeline/generation.py",
+        "            torch.manual_seed(derive_seed(*seed, start))\n",
+        "",
+        (f"{GENERATION}::test_draws_follow_from_the_seed_alone",),
+    ),
+    Mutation(
+        "sampling disturbs the global generator",
+        "pipeline/generation.py",
+        "roles.active(role), torch.random.fork_rng(devices=devices):",
+        "roles.active(role):",
+        (f"{GENERATION}::test_draws_follow_from_the_seed_alone",),
+    ),
+    # ---- reward
+    Mutation(
+        "the head starts ten times too large",
+        "pipeline/scalar_head.py",
+        "std=1.0 / math.sqrt(self.in_features + 1)",
+        "std=10.0 / math.sqrt(self.in_features + 1)",
+        (f"{ROLES}::test_the_head_starts_as_the_paper_says",),
+    ),
+    Mutation(
+        "the head is rounded when it is saved",
+        "pipeline/roles.py",
+        "tensors[_SCORE_KEY] = head.weight",
+        "tensors[_SCORE_KEY] = head.weight.bfloat16().float()",
+        (f"{ROLES}::test_load_save_load_keeps_every_bit_of_adapters_and_heads",),
+    ),
+    Mutation(
+        "the head lives in 16 bits",
+        "pipeline/scalar_head.py",
+        "super().__init__(width, 1, bias=bias, device=device, dtype=torch.float32)",
+        "super().__init__(width, 1, bias=bias, device=device, dtype=torch.bfloat16)",
+        (f"{ROLES}::test_adapters_and_heads_are_float32_on_a_16_bit_base",),
+    ),
+    Mutation(
+        "the stored gain and bias are not applied",
+        "stages/ppo.py",
+        "return calibration.apply(score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens))",
+        "return score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens)",
+        (f"{PPO}::test_the_stage_applies_the_stored_calibration",),
+    ),
+    Mutation(
+        "the calibration's bias has the wrong sign",
+        "pipeline/rewards.py",
+        "return cls(gain, -gain * float(raw_B.double().mean()))",
+        "return cls(gain, gain * float(raw_B.double().mean()))",
+        (f"{REWARDS}::test_calibrated_scores_have_mean_0_and_variance_1",),
+    ),
+    Mutation(
+        "leaving the reference is rewarded",
+        "pipeline/advantages.py",
+        "torch.where(mask_BT, -kl_coefficient * kl_BT, 0)",
+        "torch.where(mask_BT, kl_coefficient * kl_BT, 0)",
+        (f"{PPO}::test_the_reward_is_the_score_at_the_end_minus_the_kl_everywhere", PARITY),
+    ),
+    Mutation(
+        "the reference is the bare base",
+        "stages/experience.py",
+        'score_logprobs(roles, "reference", episodes, **scoring)',
+        "score_logprobs(roles, None, episodes, **scoring)",
+        (f"{PPO}::test_the_first_round_has_no_kl_and_a_ratio_of_1", PARITY),
+    ),
+    Mutation(
+        "nobody checks that the KL is 0 at first",
+        "stages/gates.py",
+        'if measured["kl"] != 0.0:',
+        "if False:",
+        (
+            f"{GATES}::test_a_policy_that_is_not_the_reference_is_refused",
+            f"{GATES}::test_the_bare_base_as_the_reference_is_refused",
+        ),
+    ),
+    Mutation(
+        "nobody checks that the reward adapter scores as it did",
+        "stages/gates.py",
+        'if not difference <= _REWARD_TOLERANCE * (1 + abs(entry["score"])):',
+        "if False:",
+        (f"{GATES}::test_a_reward_that_scores_otherwise_is_refused",),
+    ),
+    Mutation(
+        "the KL controller is in no checkpoint",
+        "stages/ppo.py",
+        'kl.load_state_dict(checkpoint.state["kl"])',
+        "pass",
+        (f"{PPO}::test_an_interrupted_run_ends_with_the_same_bytes",),
+    ),
+    # ---- value and advantages
+    Mutation(
+        "the critic's head does not start at zero",
+        "stages/ppo.py",
+        "nn.init.zeros_(head.weight)",
+        "pass",
+        (f"{PPO}::test_the_critic_starts_as_the_calibrated_reward_model_or_at_zero",),
+    ),
+    Mutation(
+        "the critic starts as the uncalibrated reward model",
+        "stages/ppo.py",
+        "head.weight.copy_(calibration.gain * roles",
+        "head.weight.copy_(roles",
+        (f"{PPO}::test_the_critic_starts_as_the_calibrated_reward_model_or_at_zero",),
+    ),
+    Mutation(
+        "the policy moves in the critic's warm-up",
+        "stages/update.py",
+        "statistics, critic_only=critic_only)\n        if separate_critic:",
+        "statistics, critic_only=False)\n        if separate_critic:",
+        (f"{PPO}::test_in_the_critics_warm_up_the_policy_keeps_every_bit[head]",),
+    ),
+    Mutation(
+        "gamma and lambda are swapped",
+        "stages/experience.py",
+        "gamma=ppo.gamma, lam=ppo.gae_lambda",
+        "gamma=ppo.gae_lambda, lam=ppo.gamma",
+        (PARITY,),
+    ),
+    Mutation(
+        "values are read one token too late",
+        "pipeline/scoring.py",
+        "first = len(episode.prompt) - 1  #",
+        "first = len(episode.prompt)  #",
+        (f"{SCORING}::test_values_stand_before_each_response_token",),
+    ),
+    Mutation(
+        "whitening with the flag inverted",
+        "pipeline/masking.py",
+        "whitened if shift_mean else whitened + mean",
+        "whitened + mean if shift_mean else whitened",
+        (f"{PPO}::test_whitening_has_the_property_it_is_named_for", PARITY),
+    ),
+    Mutation(
+        "each process whitens for itself",
+        "stages/experience.py",
+        "shift_mean=True, all_reduce=world.sum",
+        "shift_mean=True",
+        (f"{PROCESSES}::test_the_number_of_processes_does_not_change_gradient_or_step",),
+    ),
+    Mutation(
+        "the policy's ratio is not clipped",
+        "stages/update.py",
+        "clip_range=ppo.clip_range,",
+        "clip_range=0.999,",
+        (PARITY,),
+    ),
+    Mutation(
+        "values are not clipped",
+        "stages/update.py",
+        "clip_range=self._ppo.value_clip_range,",
+        "clip_range=None,",
+        (PARITY,),
+    ),
+    # ---- optimisation
+    Mutation(
+        "each process divides by its own tokens",
+        "stages/update.py",
+        "normalizer = float(self._world.sum(local_tokens))",
+        "normalizer = float(local_tokens)",
+        (f"{PROCESSES}::test_the_number_of_processes_does_not_change_gradient_or_step",),
+    ),
+    Mutation(
+        "gradients are not summed over processes",
+        "stages/update.py",
+        "            self._world.sum_gradients(parameters)\n",
+        "",
+        (f"{PROCESSES}::test_the_number_of_processes_does_not_change_gradient_or_step",),
+    ),
+    Mutation(
+        "each microbatch divides by its own tokens",
+        "stages/update.py",
+        "                    _all_valid(new.logprobs_N),\n"
+        "                    clip_range=ppo.clip_range,\n"
+        "                    normalizer=normalizer,",
+        "                    _all_valid(new.logprobs_N),\n"
+        "                    clip_range=ppo.clip_range,\n"
+        "                    normalizer=float(len(new.logprobs_N)),",
+        (f"{PPO}::test_microbatches_do_not_change_loss_or_gradient",),
+    ),
+    Mutation(
+        "every epoch has the same minibatches",
+        "stages/update.py",
+        'derive_seed(self._seed, "minibatches", iteration, epoch, self._world.rank)',
+        'derive_seed(self._seed, "minibatches", iteration, self._world.rank)',
+        (f"{PPO}::test_each_epoch_has_a_fresh_permutation_of_all_responses",),
+    ),
+    Mutation(
+        "nobody checks that the ratio is 1 at first",
+        "stages/update.py",
+        "if not statistics.first_ratio_error <= tolerance:",
+        "if False:",
+        (
+            f"{PPO}::test_a_ratio_that_is_not_1_at_first_is_refused",
+            f"{PPO}::test_a_ratio_at_another_temperature_is_refused",
+        ),
+    ),
+    Mutation(
+        "Adam's epsilon is torch's",
+        "stages/ppo.py",
+        "eps=ppo.adam_epsilon, ",
+        "",
+        (f"{PPO}::test_learning_rates_are_each_roles_own_and_fall", PARITY),
+    ),
+    Mutation(
+        "a gradient that is not finite is stepped with",
+        "stages/update.py",
+        'if norm != norm or norm == float("inf"):',
+        "if False:",
+        (f"{PPO}::test_what_is_not_finite_stops_before_the_step_and_is_named",),
+    ),
+    Mutation(
+        "log-probabilities that are not finite are learned from",
+        "stages/experience.py",
+        "if world.maximum(float(not bool(tensor.isfinite().all()))):",
+        "if False:",
+        (f"{PPO}::test_nan_from_the_trunk_stops_the_round",),
+    ),
+    Mutation(
+        "one process stops alone",
+        "stages/experience.py",
+        "if world.maximum(float(not bool(tensor.isfinite().all()))):",
+        "if not bool(tensor.isfinite().all()):",
+        (f"{PROCESSES}::test_what_is_not_finite_in_one_process_stops_both",),
+    ),
+    Mutation(
+        "a reward that is not a number is learned from",
+        "pipeline/rewards.py",
+        "if not math.isfinite(number):",
+        "if False:",
+        (f"{REWARDS}::test_what_a_function_does_wrong_is_named_with_its_place",),
+    ),
+    Mutation(
+        "a reward function's fault names no iteration",
+        "stages/ppo.py",
+        'where = f"iteration {iteration + 1}, {error.where}"',
+        "where = error.where",
+        (f"{PPO}::test_a_reward_that_is_not_a_number_names_the_iteration_and_spares_the_checkpoint",),
+    ),
+    # ---- one base, many adapters
+    Mutation(
+        "a recomputation runs under whichever role is active",
+        "pipeline/roles.py",
+        "return nullcontext(), self.active(self._active)",
+        "return nullcontext(), nullcontext()",
+        (f"{ROLES}::test_a_recomputation_runs_under_its_own_role",),
+    ),
+    Mutation(
+        "switching leaves requires_grad as PEFT sets it",
+        "pipeline/roles.py",
+        "        self._active = role\n        self._apply_requires_grad()",
+        "        self._active = role",
+        (f"{ROLES}::test_after_every_switch_exactly_the_declared_parameters_learn[adapter]",),
+    ),
+    Mutation(
+        "nobody checks what learns",
+        "stages/gates.py",
+        "if learning != declared:",
+        "if False:",
+        (
+            f"{GATES}::test_a_parameter_that_pefts_switching_froze_is_found",
+            f"{GATES}::test_a_declaration_that_does_not_hold_is_found",
+        ),
+    ),
+    Mutation(
+        "a module of the base is taken for the role of its name",
+        "pipeline/roles.py",
+        'any(part == role and before.startswith("lora_") for before, part in pairwise(name.split(".")))',
+        'role in name.split(".")',
+        (f"{ROLES}::test_a_module_of_the_base_called_value_is_not_the_role",),
+    ),
+    Mutation(
+        "a role without an adapter leaves the last one on",
+        "pipeline/roles.py",
+        "            tuner.disable_adapter_layers()",
+        "            pass",
+        (f"{ROLES}::test_no_role_is_the_bare_base_and_the_reference_is_not",),
+    ),
+    Mutation(
+        "PPO does not look whether the base changed",
+        "stages/ppo.py",
+        "if fingerprint(base.model) != fingerprint_before:",
+        "if False:",
+        (f"{PPO}::test_a_base_that_changed_is_not_published",),
+    ),
+    Mutation(
+        "the evaluation does not look whether the base changed",
+        "stages/evaluate.py",
+        "if fingerprint(base.model) != fingerprint_before:",
+        "if False:",
+        (f"{EVALUATE}::test_a_base_that_changed_is_not_published",),
+    ),
+    Mutation(
+        "the fingerprint leaves out the quantization constants",
+        "pipeline/base_model.py",
+        ", *_quantization_constants(model)]:",
+        "]:",
+        (f"{BASE}::test_whatever_changes_in_the_base_shows",),
+    ),
+    Mutation(
+        "4-bit storage may be repacked",
+        "pipeline/base_model.py",
+        "            module.support_avx512bf16_for_cpu = False",
+        "            module.support_avx512bf16_for_cpu = True",
+        (f"{BASE}::test_four_bit_storage_is_not_repacked",),
+    ),
+    Mutation(
+        "an adapter of another base is loaded",
+        "pipeline/roles.py",
+        "        require_same_base(manifest, self.base.identity, folder)\n",
+        "",
+        (f"{ROLES}::test_an_adapter_of_another_base_is_refused_and_the_field_is_named",),
+    ),
+    Mutation(
+        "the chat template is not compared",
+        "pipeline/artifacts.py",
+        'if entry.name != "model" and theirs != ours:',
+        'if entry.name not in ("model", "chat_template") and theirs != ours:',
+        (
+            f"{ARTIFACTS}::test_a_base_that_differs_is_refused_with_both_values",
+            f"{ROLES}::test_an_adapter_of_another_base_is_refused_and_the_field_is_named",
+        ),
+    ),
+    Mutation(
+        "files of a stage are not verified",
+        "pipeline/artifacts.py",
+        "        if found[name] != expected:",
+        "        if False:",
+        (f"{ARTIFACTS}::test_an_edited_or_missing_file_is_named",),
+    ),
+    # ---- what is often wrong
+    Mutation(
+        "clipping acts on the first step only: an exhausted iterator",
+        "stages/update.py",
+        'role: list(roles.parameters(role).values()) for role in ("policy", "value")',
+        'role: iter(roles.parameters(role).values()) for role in ("policy", "value")',
+        (f"{PPO}::test_clipping_acts_on_every_step_and_role",),
+    ),
+    Mutation(
+        "the gradient-checkpointing switch does nothing",
+        "pipeline/roles.py",
+        "model.gradient_checkpointing_enable(options)",
+        "pass",
+        (
+            f"{PPO}::test_the_checkpointing_switch_is_heeded",
+            f"{ROLES}::test_checkpointing_really_recomputes_each_layer",
+        ),
+    ),
+    Mutation(
+        "metrics are diluted by padding",
+        "stages/round_metrics.py",
+        "tokens = float(world.sum(mask_BT.sum().double().cpu()))",
+        "tokens = float(world.sum(torch.tensor(float(mask_BT.numel()))))",
+        (f"{PPO}::test_metrics_count_real_tokens_and_nothing_else",),
+    ),
+    Mutation(
+        "the critic is in no checkpoint",
+        "stages/ppo.py",
+        "    roles.save_tensors(learning, ",
+        '    roles.save_tensors({name: tensor for name, tensor in learning.items() if "value" not in name}, ',
+        (f"{PPO}::test_an_interrupted_run_ends_with_the_same_bytes",),
+    ),
+    Mutation(
+        "the optimizer is in no checkpoint",
+        "stages/ppo.py",
+        '        load_optimizer(checkpoint.folder / "optimizer.safetensors", optimizer, learning)\n',
+        "",
+        (f"{PPO}::test_an_interrupted_run_ends_with_the_same_bytes",),
+    ),
+    Mutation(
+        "the critic is not in the result",
+        "stages/ppo.py",
+        '        save_critic(roles, ppo, folder / "value")',
+        "        pass",
+        (f"{PPO}::test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be",),
+    ),
+    Mutation(
+        "prompt positions get logits",
+        "pipeline/scoring.py",
+        "hidden_ND = hidden_BLD[batch.row_N, batch.column_N]\n    return token",
+        "hidden_ND = hidden_BLD[batch.row_N, batch.column_N]\n"
+        "    roles.logits(hidden_BLD.flatten(0, 1))\n"
+        "    return token",
+        (f"{SCORING}::test_prompt_positions_get_no_logits", f"{PPO}::test_only_response_tokens_get_logits"),
+    ),
+    Mutation(
+        "a trainable role is left out of the optimizer",
+        "stages/ppo.py",
+        '{"params": list(roles.parameters("policy").values()), "peak": ppo.learning_rate},',
+        '{"params": list(roles.parameters("reference").values()), "peak": ppo.learning_rate},',
+        (f"{PPO}::test_only_policy_and_critic_move_and_both_do", f"{PPO}::test_ppo_learns_what_is_rewarded"),
+    ),
+    # ---- files
+    Mutation(
+        "a torn checkpoint is resumed from",
+        "pipeline/checkpoint.py",
+        "                if not torn:\n",
+        "                if True:\n",
+        (f"{CHECKPOINT}::test_a_damaged_checkpoint_is_passed_over_for_the_one_before",),
+    ),
+    Mutation(
+        "a checkpoint of other settings is resumed from",
+        "pipeline/checkpoint.py",
+        'if content["inputs_digest"] != self._inputs_digest:',
+        "if False:",
+        (f"{CHECKPOINT}::test_checkpoints_of_other_inputs_do_not_count",),
+    ),
+    Mutation(
+        "checkpoints of other settings push out new ones",
+        "pipeline/checkpoint.py",
+        "for old in later + earlier[self._keep_last :]:",
+        "for old in list(self._folders())[self._keep_last :]:",
+        (f"{CHECKPOINT}::test_later_checkpoints_of_other_inputs_do_not_push_out_new_ones",),
+    ),
+    Mutation(
+        "every process publishes the result",
+        "stages/ppo.py",
+        '    if world.is_main:\n        extra = {"gates"',
+        '    if True:\n        extra = {"gates"',
+        (f"{PROCESSES}::test_a_stage_of_two_processes_has_one_result",),
+    ),
+    Mutation(
+        "the old result goes before the new one is complete",
+        "pipeline/run_directory.py",
+        "        draft = Path(tempfile.mkdtemp(",
+        "        shutil.rmtree(self.stage(name), ignore_errors=True)\n        draft = Path(tempfile.mkdtemp(",
+        (f"{RUN_DIRECTORY}::test_a_crash_leaves_the_old_result_and_nothing_else",),
+    ),
+    Mutation(
+        "equal policies do not get equal seeds",
+        "stages/evaluate.py",
+        'roles, role, prompts, sampling, seed=(config.seed, "evaluate"), on_batch',
+        'roles, role, prompts, sampling, seed=(config.seed, "evaluate", name), on_batch',
+        (f"{EVALUATE}::test_equal_policies_tie_everywhere",),
+    ),
+)
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """Exit code and output of pytest in a copy of the repository."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    except subprocess.TimeoutExpired:
+        return -1, "it did not end within ten minutes"
+    return done.returncode, done.stdout
+
+
+def verdict(folder: Path, mutation: Mutation) -> str | None:
+    """Apply a mutation and run each of its tests; what is wrong with it, or None where all of them fail."""
+    path = folder / mutation.file
+    source = path.read_text()
+    assert source.count(mutation.old) == 1, f"{mutation.file} holds {mutation.old!r} {source.count(mutation.old)} times"
+    path.write_text(source.replace(mutation.old, mutation.new))
+    try:
+        for test in mutation.tests:
+            code, output = run_tests(folder, (test,))
+            if code != 1:  # pytest: 0 all passed, 1 some failed, above that no test was run
+                return f"{test} {'passes' if code == 0 else 'did not run'}\n{output[-1500:] if code else ''}"
+    finally:
+        path.write_text(source)
+    return None
+
+
+def main(words: str) -> int:
+    """Run the table; returns the exit code."""
+    chosen = [mutation for mutation in TABLE if words in mutation.what]
+    unnoticed = 0
+    with tempfile.TemporaryDirectory(prefix="trivet-mutations-") as temporary:
+        folder = Path(temporary) / "trivet"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        tests = tuple(sorted({test for mutation in chosen for test in mutation.tests}))
+        code, output = run_tests(folder, tests)
+        if code != 0:
+            print(f"without any mutation the tests do not pass:\n{output[-3000:]}")
+            return 1
+        for mutation in chosen:
+            problem = verdict(folder, mutation)
+            unnoticed += problem is not None
+            print(f"{'NOTICED  ' if problem is None else 'UNNOTICED'} {mutation.what}", flush=True)
+            if problem is not None:
+                print(f"          {problem}", flush=True)
+    print(f"{len(chosen) - unnoticed} of {len(chosen)} mutations are noticed")
+    return min(unnoticed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(" ".join(sys.argv[1:])))
