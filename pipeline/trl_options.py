@@ -139,6 +139,8 @@ def reward_arguments(config: PipelineConfig, output_dir: Path) -> RewardConfig:
 def _from_settings(stage: TrainerStage, config: PipelineConfig, output_dir: Path) -> dict[str, Any]:
     import torch
 
+    from pipeline.distributed import World
+
     settings: TrainerSettings = getattr(config, stage)
     on_cuda = torch.cuda.is_available()
     checkpointing: dict[str, Any] = {"use_reentrant": False} | settings.trl.get("gradient_checkpointing_kwargs", {})
@@ -148,7 +150,7 @@ def _from_settings(stage: TrainerStage, config: PipelineConfig, output_dir: Path
         "max_steps": -1 if settings.max_steps is None else settings.max_steps,
         "per_device_train_batch_size": settings.microbatch_size,
         "per_device_eval_batch_size": settings.microbatch_size,
-        "gradient_accumulation_steps": config.accumulation_steps(stage),
+        "gradient_accumulation_steps": _accumulation_steps(stage, settings, World().size),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": _SCHEDULES[settings.lr_schedule],
         # Below 1 it is a share of the steps, from 1 on a number of them.
@@ -176,6 +178,18 @@ def _from_settings(stage: TrainerStage, config: PipelineConfig, output_dir: Path
         "log_level_replica": "error",
         "report_to": "none",
     }
+
+
+def _accumulation_steps(stage: TrainerStage, settings: TrainerSettings, processes: int) -> int:
+    """Forward passes an optimizer step, for the number of processes that there really are."""
+    step = settings.microbatch_size * processes
+    if settings.batch_size % step:
+        raise ConfigError(
+            f"{stage}.batch_size is {settings.batch_size}, which {processes} processes with"
+            f" {stage}.microbatch_size={settings.microbatch_size} cannot share evenly",
+            remedy=f"Set {stage}.batch_size={-(-settings.batch_size // step) * step}.",
+        )
+    return settings.batch_size // step
 
 
 def _optimizer(settings: TrainerSettings, *, on_cuda: bool) -> str:

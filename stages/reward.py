@@ -10,8 +10,8 @@ token, under a LoRA adapter that starts as the SFT policy's. TRL's RewardTrainer
 A reward's zero and scale mean nothing, so afterwards the SFT policy answers some prompts, and the gain and bias
 that give its scores mean 0 and variance 1 are stored with the adapter.
 
-    python -m stages.reward CONFIG                       one process
-    accelerate launch --num_processes 8 -m stages.reward CONFIG launch.processes=8
+    python -m stages.reward CONFIG                                one process
+    accelerate launch --num_processes 8 -m stages.reward CONFIG   eight
 """
 
 from __future__ import annotations

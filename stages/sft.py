@@ -7,8 +7,8 @@ their residual dropout of 0.2 (see `lora.dropout`) and their choice of the epoch
 is quantized and frozen, and a LoRA adapter learns (Dettmers et al. 2023). TRL's SFTTrainer drives the loop; rows
 reach it as token ids, made by the chat format that all stages share.
 
-    python -m stages.sft CONFIG                          one process
-    accelerate launch --num_processes 8 -m stages.sft CONFIG launch.processes=8
+    python -m stages.sft CONFIG                                one process
+    accelerate launch --num_processes 8 -m stages.sft CONFIG   eight
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from trl import RewardConfig, SFTConfig
 
 from pipeline.config import PipelineConfig
+from pipeline.distributed import World
 from pipeline.errors import ConfigError
 from pipeline.trl_options import _INSTEAD, _from_settings, check_trl_options, reward_arguments, sft_arguments
 
@@ -29,7 +30,8 @@ def refused(**sections: Any) -> str:
     return str(caught.value)
 
 
-def test_settings_reach_trl(tmp_path: Path) -> None:
+def test_settings_reach_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "size", 2)
     settings = {
         "epochs": 2.5,
         "max_steps": 7,
@@ -46,7 +48,7 @@ def test_settings_reach_trl(tmp_path: Path) -> None:
         "keep_last": 4,
         "gradient_checkpointing": True,
     }
-    both = config(sft=settings | {"packing": True}, reward=settings, seed=5, launch={"processes": 2})
+    both = config(sft=settings | {"packing": True}, reward=settings, seed=5)
     for arguments in (sft_arguments(both, tmp_path), reward_arguments(both, tmp_path)):
         assert arguments.output_dir == str(tmp_path)
         assert (arguments.num_train_epochs, arguments.max_steps) == (2.5, 7)
@@ -59,6 +61,14 @@ def test_settings_reach_trl(tmp_path: Path) -> None:
         assert not arguments.bf16 and not arguments.fp16
         assert arguments.report_to in ([], "none", ["none"])
     assert sft_arguments(both, tmp_path).packing
+
+
+def test_the_processes_that_there_are_must_share_a_batch_evenly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(World, "size", 8)  # started by hand, whatever launch.processes says
+    with pytest.raises(ConfigError, match=r"Set reward\.batch_size=32"):
+        reward_arguments(config(reward={"batch_size": 16, "microbatch_size": 4}), tmp_path)
 
 
 def test_a_constant_rate_warms_up_too(tmp_path: Path) -> None:
