@@ -365,7 +365,14 @@ def reward_model_for_training(base: Base, lora: LoraSettings, start_from: Path |
     reward_model = RewardModel(base.model)
     if tensors is not None:
         tensors[_SCORE_KEY] = reward_model.score.weight.detach().clone()  # the head starts fresh all the same
+    # PEFT asks for these marks to choose its layers for quantized bases, whose arithmetic PPO will use too. They come
+    # off again, since TRL would take them as leave to round the adapter and the head to bfloat16.
+    marks = {name: getattr(base.model, name, False) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit")}
+    for name, value in marks.items():
+        setattr(reward_model, name, value)
     model = cast(PeftModel, get_peft_model(cast(Any, reward_model), config, adapter_name="default"))
+    for name in marks:
+        delattr(reward_model, name)
     if tensors is not None:
         result = set_peft_model_state_dict(model, tensors, adapter_name="default")
         assert not result.unexpected_keys, result.unexpected_keys
