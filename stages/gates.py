@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,10 +106,15 @@ def check_reward_round_trip(roles: Roles, manifest: Manifest, folder: Path) -> f
     Raises:
         StartupGateError: it does not.
     """
+    probe = manifest.extra.get("probe")
+    if not probe:
+        raise StartupGateError(
+            "the reward adapter keeps no scored sequences to check it by",
+            where=str(folder),
+            remedy="Train it again: trivet reward CONFIG --force.",
+        )
     gap = 0.0
-    for entry in manifest.extra.get("probe", []):
-        # One sequence at a time, as in training: no padding, no other rounding.
-        score = float(score_rewards(roles, [entry["ids"]], max_tokens=1))
+    for entry, score in zip(probe, _scores_one_by_one(roles, [entry["ids"] for entry in probe]), strict=True):
         difference = abs(score - entry["score"])
         if not difference <= _REWARD_TOLERANCE * (1 + abs(entry["score"])):
             raise StartupGateError(
@@ -118,3 +124,15 @@ def check_reward_round_trip(roles: Roles, manifest: Manifest, folder: Path) -> f
             )
         gap = max(gap, difference)
     return gap
+
+
+def reward_probe(roles: Roles, sequences: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """A few sequences with their raw scores, for the manifest of a reward adapter: what the gate compares with."""
+    few = [list(sequence) for sequence in sequences[:_PROMPTS]]
+    scores = _scores_one_by_one(roles, few)
+    return [{"ids": ids, "score": score} for ids, score in zip(few, scores, strict=True)]
+
+
+def _scores_one_by_one(roles: Roles, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Raw scores without padding, so that nothing but the adapter and the base decides their rounding."""
+    return [float(score_rewards(roles, [sequence], max_tokens=1)) for sequence in sequences]

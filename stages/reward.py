@@ -48,6 +48,7 @@ from pipeline.scoring import score_rewards
 from pipeline.statistics import accuracy_longer_wins, win_rate
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
+from stages.gates import reward_probe
 from stages.result import StageClock, finish
 from stages.trl_training import (
     TrainingReport,
@@ -124,6 +125,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     require_same_scores(trained_scores, score_rewards(roles, sample, max_tokens=scoring_tokens))
     scores = score_pairs(roles, held_out_pairs, scoring_tokens)
     calibration, calibration_metrics = calibrate(roles, prompts, config, scoring_tokens)
+    probe = reward_probe(roles, sample)
     require_unchanged_base(base, base_before)
 
     def save(folder: Path) -> None:
@@ -150,7 +152,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             metrics=metrics,
             save=save,
             calibration=calibration,
-            extra={"data": [asdict(report) for report in split.reports]},
+            extra={"data": [asdict(report) for report in split.reports], "probe": probe},
         )
     trainer.accelerator.wait_for_everyone()
     return read_manifest(run.stage("reward"))
