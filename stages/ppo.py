@@ -33,7 +33,7 @@ from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_prompts
 from pipeline.distributed import World, seed_everything
-from pipeline.errors import DivergenceError, RewardFunctionError, StartupGateError
+from pipeline.errors import ConfigError, DivergenceError, RewardFunctionError, StartupGateError
 from pipeline.generation import derive_seed
 from pipeline.kl import AdaptiveKL, FixedKL
 from pipeline.metrics import MetricsWriter
@@ -62,6 +62,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     """
     config, ppo, clock = loaded.config, loaded.config.ppo, StageClock()
     world = World()
+    require_even_shares(ppo, world)
     seed_everything(config.seed, deterministic=config.deterministic)
 
     # Data, and whatever else can be wrong before a model is loaded.
@@ -170,6 +171,20 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         finish("ppo", "policy", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save, extra=extra)
     world.wait()
     return read_manifest(run.stage("ppo"))
+
+
+def require_even_shares(ppo: PPOSettings, world: World) -> None:
+    """Refuse a number of processes that the config did not reckon with.
+
+    Raises:
+        ConfigError: naming the setting that the processes cannot share evenly.
+    """
+    for key, number in (("prompts_per_iteration", ppo.prompts_per_iteration), ("minibatch_size", ppo.minibatch_size)):
+        if number % world.size:
+            raise ConfigError(
+                f"ppo.{key} is {number}, which {world.size} processes cannot share evenly",
+                remedy=f"Set ppo.{key}={-(-number // world.size) * world.size}, or start another number of processes.",
+            )
 
 
 def say(world: World, line: str) -> None:

@@ -84,11 +84,12 @@ def round_metrics(
         "response/score_length_correlation": correlation(scores, [float(length) for length in lengths]),
         "sampler/logprob_gap_mean": float(world.sum(masked_sum(gap_BT, mask_BT).double().cpu())) / tokens,
         "sampler/logprob_gap_max": world.maximum(float(torch.where(mask_BT, gap_BT, 0).max())),
-        "update/first_ratio_error": world.maximum(statistics.first_ratio_error or 0.0),
         "seconds/total": total_seconds,
         "tokens/per_second": tokens / total_seconds,
         "memory/peak_mb": world.maximum(peak_memory_bytes() / 1e6),
     }
+    if statistics.first_ratio_error is not None:
+        metrics["update/first_ratio_error"] = world.maximum(statistics.first_ratio_error)
     metrics |= {f"score/{name}": mean_over_responses(term_B) for name, term_B in experience.terms.items()}
     metrics |= {f"seconds/{phase}": world.maximum(value) for phase, value in seconds.items()}
     return metrics | statistics.metrics(world)

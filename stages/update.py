@@ -55,6 +55,8 @@ class UpdateStatistics:
             "value/loss": losses[1] / steps,
             "value/clip_fraction": values_clipped / tokens,
         }
+        if "policy" not in self.gradient_norms:  # in the critic's warm-up nothing of it was measured
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("policy/")}
         for role, norms in self.gradient_norms.items():
             metrics[f"{role}/gradient_norm"] = sum(norms) / len(norms)
         return metrics

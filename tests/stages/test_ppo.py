@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 from statistics import pvariance
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -342,8 +343,22 @@ def test_metrics_count_real_tokens_and_nothing_else(tmp_path):
     assert metrics["tokens/per_second"] == pytest.approx(len(real) / seconds)
 
 
+@BOTH_CRITICS
+def test_nothing_is_said_of_a_policy_that_stands_still(tmp_path, critic):
+    found = tiny_round(loaded_tiny_base(tmp_path), critic=critic)
+    experience = found.collect()
+    statistics = found.updater.update(experience, 0, critic_only=True)
+    metrics = round_metrics(experience, statistics, 1.0, kl_coefficient=0.05, world=found.world)
+    assert [name for name in metrics if name.startswith(("policy/", "update/"))] == []
+    assert metrics["value/loss"] > 0 and metrics["value/gradient_norm"] > 0
+
+
 def test_repetition_and_correlation_by_example():
-    assert repetition([1, 2, 3, 1, 2, 3]) == 0.25 and repetition([1, 2]) == 0.0 and repetition([7] * 5) == pytest.approx(2 / 3)
+    assert (
+        repetition([1, 2, 3, 1, 2, 3]) == 0.25
+        and repetition([1, 2]) == 0.0
+        and repetition([7] * 5) == pytest.approx(2 / 3)
+    )
     assert correlation([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(1.0)
     assert correlation([1.0, 2.0], [5.0, 5.0]) == 0.0
 
@@ -402,6 +417,15 @@ def test_a_ratio_at_another_temperature_is_refused(tmp_path):
     experience = found.collect(temperature=0.8)
     with pytest.raises(StartupGateError, match="ratio differs from 1"):
         found.updater.update(experience, 0, critic_only=False)
+
+
+@pytest.mark.parametrize("key", ["prompts_per_iteration", "minibatch_size"])
+def test_processes_that_cannot_share_evenly_are_refused(key):
+    settings = PPOSettings(prompts_per_iteration=6, minibatch_size=6).model_copy(update={key: 8})
+    with pytest.raises(ConfigError, match=f"ppo.{key} is 8, which 3 processes") as caught:
+        ppo.require_even_shares(settings, SimpleNamespace(size=3))  # type: ignore[arg-type]
+    assert f"ppo.{key}=9" in str(caught.value)
+    ppo.require_even_shares(settings, SimpleNamespace(size=2))  # type: ignore[arg-type]
 
 
 # ---- the whole stage
