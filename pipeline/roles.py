@@ -282,6 +282,8 @@ class Roles:
         head = self.heads.get(role)
         config = LoraConfig(**{**self.model.peft_config[role].to_dict(), "inference_mode": True})
         config.base_model_name_or_path = self.base.identity.model
+        if not isinstance(config.target_modules, str):  # a set, whose order changes from process to process
+            config.target_modules = sorted(config.target_modules or ())
         config.revision = self.base.identity.revision
         if head is not None and head.bias is None:
             tensors[_SCORE_KEY] = head.weight

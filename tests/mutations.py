@@ -28,6 +28,10 @@ BASE, ARTIFACTS, RUN_DIRECTORY = (
 )
 PPO, GATES, EVALUATE, PROCESSES = (f"tests/stages/test_{name}.py" for name in ("ppo", "gates", "evaluate", "processes"))
 PARITY = "tests/parity/test_ppo_step.py"
+SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
+    f"tests/{name}.py"
+    for name in ("stages/test_sft", "stages/test_reward", "pipeline/test_trl_options", "pipeline/test_scalar_head")
+)
 
 
 @dataclass(frozen=True)
@@ -539,7 +543,158 @@ TABLE = (
         '{"params": list(roles.parameters("reference").values()), "peak": ppo.learning_rate},',
         (f"{PPO}::test_only_policy_and_critic_move_and_both_do", f"{PPO}::test_ppo_learns_what_is_rewarded"),
     ),
+    # ---- SFT and the reward model
+    Mutation(
+        "SFT learns the user's words too",
+        "stages/sft.py",
+        "token if said else IGNORED",
+        "token",
+        (f"{SFT}::test_the_loss_is_over_the_assistants_tokens_alone",),
+    ),
+    Mutation(
+        "SFT's adapter is left in bfloat16",
+        "stages/sft.py",
+        "        parameter.data = exact[name]",
+        "        pass",
+        (f"{SFT}::test_the_adapter_stays_exact_and_in_float32",),
+    ),
+    Mutation(
+        "nobody looks whether packed rows see each other",
+        "stages/sft.py",
+        "    require_separate_rows(roles, trainer)\n",
+        "",
+        (f"{SFT}::test_rows_that_would_see_each_other_are_refused",),
+    ),
+    Mutation(
+        "nobody looks whether training changed the base",
+        "stages/trl_training.py",
+        "    if after != before:",
+        "    if False:",
+        (f"{SFT}::test_a_base_that_changed_is_refused",),
+    ),
+    Mutation(
+        "the weights are loaded before the data is looked at",
+        "stages/sft.py",
+        "    split = load_instructions(",
+        "    load_base(config.base)\n    split = load_instructions(",
+        (f"{SFT}::test_bad_data_is_told_before_the_weights_are_loaded",),
+    ),
+    Mutation(
+        "SFT and reward training go on with a gradient that is not finite",
+        "stages/trl_training.py",
+        "if not math.isfinite(norm):",
+        "if False:",
+        (
+            f"{SFT}::test_a_gradient_that_is_not_finite_stops_the_stage",
+            f"{REWARD}::test_a_gradient_that_is_not_finite_stops_the_stage",
+        ),
+    ),
+    Mutation(
+        "an interrupted SFT run starts anew",
+        "stages/trl_training.py",
+        "None if checkpoint is None else str(checkpoint)",
+        "None",
+        (f"{SFT}::test_an_interrupted_run_resumes_and_ends_the_same",),
+    ),
+    Mutation(
+        "SFT resumes from a checkpoint of other settings",
+        "stages/trl_training.py",
+        "            if not current:",
+        "            if False:",
+        (f"{SFT}::test_a_checkpoint_of_other_settings_is_not_resumed",),
+    ),
+    Mutation(
+        "TRL switches the adapter's dropout off",
+        "pipeline/trl_options.py",
+        'options["disable_dropout"] = config.lora.dropout == 0',
+        'options["disable_dropout"] = True',
+        (f"{TRL_OPTIONS}::test_the_adapters_dropout_is_kept_in_reward_training",),
+    ),
+    Mutation(
+        "a step's rows are counted for one process",
+        "pipeline/trl_options.py",
+        "_accumulation_steps(stage, settings, World().size)",
+        "_accumulation_steps(stage, settings, 1)",
+        (f"{TRL_OPTIONS}::test_settings_reach_trl",),
+    ),
+    Mutation(
+        "the scalar head reads in 16 bits",
+        "pipeline/scalar_head.py",
+        "return super().forward(hidden.float())",
+        "return super().forward(hidden.bfloat16().float())",
+        (f"{SCALAR_HEAD}::test_the_head_counts_in_float32_whatever_it_reads",),
+    ),
+    Mutation(
+        "the scalar head starts from another distribution",
+        "pipeline/scalar_head.py",
+        "std=1.0 / math.sqrt(self.in_features + 1)",
+        "std=0.02",
+        (f"{SCALAR_HEAD}::test_the_head_starts_small_and_without_an_offset",),
+    ),
+    Mutation(
+        "the reward model attends to padding",
+        "pipeline/scalar_head.py",
+        "self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)",
+        "self.trunk(input_ids=input_ids.flip(1), attention_mask=attention_mask.flip(1), use_cache=False)",
+        (f"{SCALAR_HEAD}::test_padding_changes_no_score",),
+    ),
+    Mutation(
+        "nobody looks whether the reward adapter survives saving and loading",
+        "stages/reward.py",
+        "    require_same_scores(trained_scores,",
+        "    print(trained_scores,",
+        (f"{REWARD}::test_a_score_that_changes_by_loading_stops_the_stage",),
+    ),
+    Mutation(
+        "the reward stage takes an SFT adapter of another base",
+        "stages/reward.py",
+        "    require_same_base(read_manifest(sft), base.identity, sft)\n",
+        "",
+        (f"{REWARD}::test_an_sft_adapter_of_another_base_is_refused",),
+    ),
+    Mutation(
+        "margins are not asked for",
+        "stages/reward.py",
+        "[margin or 0.0 for margin in margins]",
+        "[0.0 for margin in margins]",
+        (f"{REWARD}::test_the_loss_is_the_one_in_the_docstring",),
+    ),
+    Mutation(
+        "the bare base answers the calibration prompts",
+        "stages/reward.py",
+        'roles, "reference", prompts, sampling',
+        "roles, None, prompts, sampling",
+        (f"{REWARD}::test_calibrated_scores_of_the_sft_policy_have_mean_0_and_variance_1",),
+    ),
+    Mutation(
+        "the reward adapter starts afresh although it should start as SFT's",
+        "pipeline/roles.py",
+        'result = set_peft_model_state_dict(model, tensors, adapter_name="default")',
+        "result = set_peft_model_state_dict(model, {name: 0 * tensor for name, tensor in tensors.items()})",
+        (f"{REWARD}::test_it_starts_as_the_sft_policy_or_afresh",),
+    ),
     # ---- files
+    Mutation(
+        "the same adapter is saved as other bytes by another process",
+        "pipeline/roles.py",
+        "config.target_modules = sorted(config.target_modules or ())",
+        "config.target_modules = sorted(config.target_modules or (), reverse=True)",
+        (f"{ROLES}::test_load_save_load_keeps_every_bit_of_adapters_and_heads",),
+    ),
+    Mutation(
+        "a number of processes that cannot share a round is accepted",
+        "stages/ppo.py",
+        "        if number % world.size:",
+        "        if False:",
+        (f"{PPO}::test_processes_that_cannot_share_evenly_are_refused",),
+    ),
+    Mutation(
+        "figures of a policy that was not trained are reported",
+        "stages/update.py",
+        'if "policy" not in self.gradient_norms:',
+        "if False:",
+        (f"{PPO}::test_nothing_is_said_of_a_policy_that_stands_still",),
+    ),
     Mutation(
         "a torn checkpoint is resumed from",
         "pipeline/checkpoint.py",

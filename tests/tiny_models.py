@@ -18,7 +18,9 @@ from pipeline.config_file import LoadedConfig, load_config
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2")
 
 
-def tiny_base(folder: Path, architecture: str = "llama", *, tied: bool = False, tokenizer_variant: str = "chatml") -> Path:
+def tiny_base(
+    folder: Path, architecture: str = "llama", *, tied: bool = False, tokenizer_variant: str = "chatml"
+) -> Path:
     """Save a random two-layer model of width 64 and a byte-level tokenizer; returns the folder."""
     tokenizer = tiny_tokenizer(tokenizer_variant)
     shape: dict[str, Any] = {

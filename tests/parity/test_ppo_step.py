@@ -190,7 +190,7 @@ def test_an_iteration_equals_the_plain_one(tmp_path, monkeypatch, architecture, 
                 gain = torch.minimum(ratio * advantages[row][t], ratio.clamp(1 - CLIP, 1 + CLIP) * advantages[row][t])
                 policy_loss = policy_loss - gain / tokens
             for t, value in enumerate(reference.values(trunk, value_head, episodes[row])):
-                near = min(max(float(value), old_values[row][t] - VALUE_CLIP), old_values[row][t] + VALUE_CLIP)
+                near = min(max(float(value.detach()), old_values[row][t] - VALUE_CLIP), old_values[row][t] + VALUE_CLIP)
                 plain = (value - returns[row][t]) ** 2
                 clipped = (near - returns[row][t]) ** 2
                 value_loss = value_loss + 0.5 * (plain if float(plain.detach()) >= clipped else clipped) / tokens
