@@ -200,7 +200,10 @@ def _optimizer(settings: TrainerSettings, *, on_cuda: bool) -> str:
 
 def _build(kind: Any, stage: TrainerStage, options: dict[str, Any]) -> Any:
     try:
-        return kind(**options)
+        arguments = kind(**options)
+        # A process uses one GPU, however many it sees; TRL would refuse to start.
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        return arguments
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f"TRL refuses the options: {error}",

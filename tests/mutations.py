@@ -650,7 +650,7 @@ TABLE = (
         "stages/reward.py",
         "    require_same_base(read_manifest(sft), base.identity, sft)\n",
         "",
-        (f"{REWARD}::test_an_sft_adapter_of_another_base_is_refused",),
+        (f"{REWARD}::test_an_sft_adapter_of_another_base_is_refused_before_training",),
     ),
     Mutation(
         "margins are not asked for",

@@ -364,8 +364,11 @@ def test_a_score_that_changes_by_loading_stops_the_stage(tmp_path: Path, monkeyp
     assert not folder_of(loaded).exists()
 
 
-def test_an_sft_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+def test_an_sft_adapter_of_another_base_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_run(tmp_path)
+    monkeypatch.setattr(reward, "train", None)
     other = pairs_config(tmp_path, "sft.max_steps=1", "base.double_quantization=false")
     with pytest.raises(IncompatibleAdapterError, match="quantization"):
         run(other)

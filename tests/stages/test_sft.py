@@ -346,7 +346,7 @@ RESUMABLE = (
 )
 
 
-def test_an_interrupted_run_resumes_and_ends_the_same(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = tiny_config(tmp_path / "a", *RESUMABLE)
     broken = tiny_config(tmp_path / "b", *RESUMABLE)
     expected = run(straight).metrics
@@ -355,7 +355,15 @@ def test_an_interrupted_run_resumes_and_ends_the_same(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-3"]
     (torn := checkpoints / "checkpoint-4").mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": ')
+    check, steps = trl_training.TrainingReport.on_pre_optimizer_step, []
+
+    def count(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps.append(state.global_step + 1)
+        check(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(trl_training.TrainingReport, "on_pre_optimizer_step", count)
     manifest = run(broken)
+    assert steps == [4, 5, 6, 7, 8]
     assert adapter_bytes(broken) == adapter_bytes(straight)
     assert manifest.metrics == expected
     rows = read_metrics(RunDirectory(broken.config.run_dir).metrics("sft"))
