@@ -190,20 +190,19 @@ def _run_stage(stage: StageName, loaded: LoadedConfig, *, force: bool, dry_run: 
 
 
 def _run_flow(loaded: LoadedConfig, *, force: bool) -> None:
-    from flows.server import prefect_server
+    from flows.server import find_or_start_server
     from flows.summary import show_summary
     from pipeline.run_directory import RunDirectory
 
     RunDirectory.open(loaded)  # Not worth starting a server for, if the folder is another run's.
     with _shown() as display:
         display.line("Starting Prefect; the first time this takes a quarter of a minute ...", "dim")
-        with prefect_server() as place:
-            display.line(place, "dim")
-            # Our handler prints the run's log, in the place of Prefect's.
-            os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", "flows.display.RunLogHandler")
-            from flows.rlhf import rlhf
+        display.line(find_or_start_server(), "dim")
+        # Our handler prints the run's log, in the place of Prefect's.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", "flows.display.RunLogHandler")
+        from flows.rlhf import rlhf
 
-            summary = rlhf(str(loaded.path), list(loaded.overrides), force)
+        summary = rlhf(str(loaded.path), list(loaded.overrides), force)
         show_summary(summary, display.console)
         display.line(f"All figures: {RunDirectory(loaded.config.run_dir).summary}")
 

@@ -6,16 +6,18 @@ take twice as long. This one hangs on the same lifeline as a stage's processes.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.errors import TrivetError
@@ -30,13 +32,12 @@ class ServerError(TrivetError, ConnectionError):
     """No Prefect server answers: the temporary one did not start, or the user's own is not there."""
 
 
-@contextmanager
-def prefect_server() -> Iterator[str]:
-    """Set the environment so that Prefect, imported later, finds a server; yields a sentence about which.
+def find_or_start_server() -> str:
+    """Set the environment so that Prefect, imported later, finds a server; returns a sentence about which.
 
     With PREFECT_API_URL or PREFECT_PROFILE set, the user's own server and settings are used as they are.
-    Otherwise a server runs as long as the block, with its history under the cache folder, apart from any
-    Prefect installation of the user's.
+    Otherwise a server runs until this process has ended, with its history under the cache folder, apart from
+    any Prefect installation of the user's.
 
     Raises:
         ServerError: nothing answers.
@@ -46,15 +47,13 @@ def prefect_server() -> Iterator[str]:
     if any(os.environ.get(name) for name in _USERS_CHOICE):
         if url := os.environ.get("PREFECT_API_URL"):
             _require_answer(url)
-        yield "Reporting to the Prefect server of your settings."
-        return
+        return "Reporting to the Prefect server of your settings."
     home = Path(os.environ.setdefault("PREFECT_HOME", str(_default_home())))
-    with _temporary_server(home) as url:
-        os.environ["PREFECT_API_URL"] = url
-        try:
-            yield f"The run's history is kept in {home}."
-        finally:
-            del os.environ["PREFECT_API_URL"]
+    until_exit = ExitStack()
+    # Prefect's threads send their last events and log lines when the interpreter ends, before this is called.
+    atexit.register(until_exit.close)
+    os.environ["PREFECT_API_URL"] = until_exit.enter_context(_temporary_server(home))
+    return f"The run's history is kept in {home}."
 
 
 def _default_home() -> Path:
@@ -64,7 +63,6 @@ def _default_home() -> Path:
 @contextmanager
 def _temporary_server(home: Path) -> Iterator[str]:
     home.mkdir(parents=True, exist_ok=True)
-    log_path = home / "server.log"
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
     environment = os.environ | {
@@ -74,7 +72,7 @@ def _temporary_server(home: Path) -> Iterator[str]:
         "PREFECT_API_URL": url,
     }
     with (
-        log_path.open("wb") as log,
+        tempfile.TemporaryFile() as log,
         supervised(
             [sys.executable, "-m", "prefect", "server", "start"], environment, output=log, error=subprocess.STDOUT
         ) as process,
@@ -82,11 +80,11 @@ def _temporary_server(home: Path) -> Iterator[str]:
         end = time.monotonic() + _SECONDS_TO_START
         while not _answers(url):
             if process.poll() is not None or time.monotonic() > end:
-                last = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                log.seek(0)
+                said = log.read().decode(errors="replace").strip().splitlines()
                 raise ServerError(
-                    f"the temporary Prefect server did not start{f': {last[0]}' if last else ''}",
-                    where=str(log_path),
-                    remedy="Check the installation with trivet doctor, or run the stages one by one without"
+                    "the temporary Prefect server did not start" + "".join(f"\n  {line}" for line in said[-10:]),
+                    remedy="Check the installation with trivet doctor, or run the stages one by one, which needs no"
                     " Prefect: trivet sft CONFIG, trivet reward CONFIG, ...",
                 )
             time.sleep(0.1)

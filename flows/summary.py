@@ -28,6 +28,15 @@ SAMPLES = "samples.json"
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "prefect")
 
 
+_KEY_FIGURES = {
+    "sft": ("held_out_loss", "held_out_perplexity"),
+    "reward": ("held_out_accuracy",),
+    "ppo": ("objective/score", "kl/policy_reference_k1", "response/length_mean", "response/eos_rate"),
+    "evaluate": ("n", "kl", "win_rate", "mean_score", "response"),
+}
+"""Beginnings of the names that the table shows."""
+
+
 def write_summary(loaded: LoadedConfig, results: Sequence[StageResult | None], started: datetime) -> dict[str, Any]:
     """Write `summary.json` and return its content.
 
@@ -81,12 +90,19 @@ def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     table.add_column("peak memory", justify="right")
     table.add_column("figures", overflow="fold")
     for name, stage in summary["stages"].items():
-        figures = Group(*(Text(f"{key}  {value}") for key, value in figures_of(stage["metrics"])))
+        figures = Group(*(Text(f"{key}  {value}") for key, value in key_figures(name, stage["metrics"])))
         seconds = duration(stage["seconds"]) + ("\n(earlier)" if stage["cached"] else "")
         table.add_row(name, seconds, megabytes(stage["peak_memory_bytes"]), figures)
     for panel in samples(Path(summary["run_dir"]) / "evaluate" / SAMPLES):
         console.print(panel)
     console.print(table)
+
+
+def key_figures(stage: str, metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The figures to read first; summary.json has them all."""
+    for key, value in figures_of(metrics):
+        if key.startswith(_KEY_FIGURES[stage]):
+            yield key, value
 
 
 def figures_of(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import threading
@@ -191,23 +192,19 @@ class PlainView:
 
     def __init__(self, stream: IO[str], seconds_between: float = _SECONDS_BETWEEN_LINES) -> None:
         self._stream, self._seconds_between = stream, seconds_between
-        self._printed: dict[str, tuple[float, ProgressUpdate]] = {}
+        self._printed_at: dict[str, float] = {}
 
     def show(self, update: ProgressUpdate) -> None:
-        """Print the line if it is due, or the last one."""
+        """Print the line if it is due, or the job's last."""
         now = time.monotonic()
-        printed_at, printed = self._printed.get(update.description, (float("-inf"), None))
-        complete = update.done >= update.total
-        if not complete and not update.finished and now - printed_at < self._seconds_between:
-            return
-        # A job whose last step has been printed does not print it again on finishing.
-        if not (complete and printed is not None and printed.done == update.done and printed.note == update.note):
+        due = now - self._printed_at.get(update.description, -math.inf) >= self._seconds_between
+        # The last step is followed at once by the job's end, which knows as much and the time taken.
+        if update.finished or (due and update.done < update.total):
+            self._printed_at[update.description] = now
             self._stream.write(update.line + "\n")
             self._stream.flush()
         if update.finished:
-            self._printed.pop(update.description, None)
-        else:
-            self._printed[update.description] = (now, update)
+            del self._printed_at[update.description]
 
 
 class MachineView:
@@ -220,7 +217,7 @@ class MachineView:
     def show(self, update: ProgressUpdate) -> None:
         """Write the update if it is due."""
         now = time.monotonic()
-        written_at = self._written_at.get(update.description, float("-inf"))
+        written_at = self._written_at.get(update.description, -math.inf)
         if update.finished or now - written_at >= _SECONDS_BETWEEN_MACHINE_LINES:
             self._written_at[update.description] = now
             # One write, so that another process's line does not come between.

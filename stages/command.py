@@ -9,6 +9,7 @@ A finished stage whose inputs have not changed is not run again. Exit codes: 0 d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
@@ -56,8 +57,8 @@ def stage_main(stage: StageName, run: Run, argv: Sequence[str] | None = None) ->
         else:
             _run_unless_current(stage, run, loaded, force=arguments.force)
     except TrivetError as error:
-        if _leave_message(error) and is_main_process():
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if not _leave_message(error):
+            print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -103,7 +104,7 @@ def _run_unless_current(stage: StageName, run: Run, loaded: LoadedConfig, *, for
     if manifest is not None and not force:
         _say(f"{stage}: nothing to do; {reason}.")
         return
-    _say(f"{stage}: {'run again on demand' if manifest is not None else reason}.")
+    _say(f"{stage}: starting; {'run again on demand' if manifest is not None else reason}.")
     finished = run(loaded, directory)
     _say(
         f"{stage}: finished in {duration(finished.seconds)}, peak memory {megabytes(finished.peak_memory_bytes)},"
@@ -123,26 +124,25 @@ def _quiet() -> None:
     # Meant for the developers of these libraries, not for who trains with them.
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.simplefilter("ignore", category)
+    # PEFT says so whenever a base has moved; the manifest tells by digest whether it is the same one.
+    warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*was renamed")
     if (transformers := sys.modules.get("transformers")) is not None:
         transformers.utils.logging.disable_progress_bar()
 
 
 def _leave_message(error: Exception) -> bool:
-    """Tell the parent process what went wrong, if it asked. Returns whether nobody has told it before."""
+    """Tell the parent process what went wrong, if there is one that asked to be told."""
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if path is None:
-        return True
+        return False
     if isinstance(error, TrivetError):
         problem, where, remedy = error.problem, error.where, error.remedy
     else:
         problem, where, remedy = f"{type(error).__name__}: {error}", None, None
     message = {"kind": type(error).__name__, "problem": problem, "where": where, "remedy": remedy}
-    try:
-        # The first process to fail is the one to believe: the others fail because it is gone.
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump(message, file)
-    except FileExistsError:
-        return False
+    # The first process to fail is the one to believe: the others fail because it is gone.
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+        json.dump(message, file)
     return True
 
 

@@ -57,6 +57,8 @@ _SUPERVISOR = Path(__file__).resolve().with_name("supervisor.py")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f]")
 _LAUNCHER_REPORT = re.compile(r"torch/distributed/elastic/multiprocessing/api\.py:\d+\] failed \(exitcode")
 _FOREIGN_BAR = re.compile(r"\d+%\|.*\|.*\d+/\d+|\d+it \[")
+# bitsandbytes on a CPU, about an optional package.
+_CHATTER = re.compile(r"^Failed to load CPU gemm_4bit_forward")
 # Files that the drivers of NVIDIA (also under WSL), AMD and Intel GPUs make.
 _ACCELERATOR_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri/renderD128", "/dev/accel")
 
@@ -173,8 +175,9 @@ def launch_stage(
         if launcher_report or _LAUNCHER_REPORT.search(line):
             launcher_report.append(line)
             return
-        last_lines.append(line)
-        on_line(line)
+        if not _CHATTER.search(line):
+            last_lines.append(line)
+            on_line(line)
 
     with tempfile.TemporaryDirectory(prefix="trivet-") as scratch, log_path.open("a", encoding="utf-8") as log:
         error_path = Path(scratch) / "error.json"
@@ -189,7 +192,9 @@ def launch_stage(
         code = _run_supervised(command, environment, log, keep, on_progress)
         if code != 0 or error_path.exists():
             killed = _was_killed(code, launcher_report)
-            raise _failure(stage, code, error_path, last_lines, log_path, killed=killed)
+            failure = _failure(stage, code, error_path, last_lines, log_path, killed=killed)
+            log.write(f"{failure.summary}\n")
+            raise failure
 
 
 def _accelerate_command(launch: LaunchSettings, scratch: Path) -> list[str]:
