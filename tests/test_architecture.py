@@ -1,0 +1,116 @@
+"""Imports run flows -> stages -> pipeline, never back; Prefect stays in flows; nothing starts heavy libraries early."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("pipeline", "stages", "flows")
+FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "prefect")
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports, wherever in the file, and the line."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            yield node.module or "", node.lineno
+
+
+def run_python(program: str) -> str:
+    """What a program prints in a fresh interpreter that knows the project."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DO_NOT_TRACK": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Which of the heavy libraries a statement loads."""
+    return set(run_python(f"import sys\n{statement}\nprint(*[m for m in {HEAVY!r} if m in sys.modules])").split())
+
+
+def test_the_layers_are_where_they_should_be() -> None:
+    assert {path.parent.name for path in FILES} == set(LAYERS)
+    assert len(FILES) > 40
+
+
+def test_imports_run_downwards() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in FILES
+        for module, line in imports(path)
+        if module.split(".")[0] in LAYERS[LAYERS.index(path.parent.name) + 1 :]
+    ]
+    assert not wrong
+
+
+def test_prefect_is_known_to_the_flows_alone() -> None:
+    assert not [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in FILES
+        for module, line in imports(path)
+        if module.split(".")[0] == "prefect" and path.parent.name != "flows"
+    ]
+
+
+def test_flows_train_nothing_themselves() -> None:
+    training = set(HEAVY) - {"prefect"}
+    assert not [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in FILES
+        for module, line in imports(path)
+        if module.split(".")[0] in training and path.parent.name == "flows"
+    ]
+
+
+def test_no_module_is_called_utils() -> None:
+    assert not [path for path in FILES if path.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+def test_the_command_starts_without_heavy_libraries() -> None:
+    assert loaded_after("import flows.cli") == set()
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = f"""
+import sys
+from flows.cli import app
+for arguments in (["--help"], ["--version"], ["run", "--help"]):
+    try:
+        app(arguments)
+    except SystemExit as end:
+        assert not end.code, end
+    loaded = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not loaded, (arguments, loaded)
+"""
+    assert "evaluate" in run_python(program)
+
+
+def test_what_the_parent_process_needs_is_light() -> None:
+    modules = (
+        "pipeline.datasets, stages.inputs, stages.launch, stages.command, flows.doctor, flows.summary, flows.server"
+    )
+    assert loaded_after(f"import {modules}") == set()
+
+
+def test_the_flow_loads_prefect_but_no_torch() -> None:
+    assert loaded_after("import flows.rlhf") == {"prefect"}
+
+
+def test_the_supervisor_needs_the_standard_library_alone() -> None:
+    outside = {name.split(".")[0] for name, _ in imports(ROOT / "stages" / "supervisor.py")} - sys.stdlib_module_names
+    assert not outside
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert not [path for path in FILES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
