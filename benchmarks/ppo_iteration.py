@@ -70,7 +70,7 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     roles.copy("reference", "policy")
     roles.copy("reference", "reward")
     roles.add_head("reward", bias=False)
-    add_critic(roles, ppo, None)
+    add_critic(roles, ppo)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
 

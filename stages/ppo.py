@@ -83,7 +83,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         assert reward_manifest.reward_gain is not None and reward_manifest.reward_bias is not None
         calibration = Calibration(reward_manifest.reward_gain, reward_manifest.reward_bias)
         measured["reward_round_trip"] = check_reward_round_trip(roles, reward_manifest, run.stage("reward"))
-    add_critic(roles, ppo, calibration if config.needs_reward_model else None)
+    add_critic(roles, ppo)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
 
@@ -193,24 +193,17 @@ def say(world: World, line: str) -> None:
         print(line, flush=True)
 
 
-def add_critic(roles: Roles, ppo: PPOSettings, calibration: Calibration | None) -> None:
+def add_critic(roles: Roles, ppo: PPOSettings) -> None:
     """Give the critic its adapter (as configured) and its head.
 
-    With an adapter it starts as the calibrated reward model (Ouyang et al. 2022). Without a reward model, or as a
-    head on the policy, the head starts at zero: it predicts nothing rather than something wrong.
-
-    Args:
-        calibration: of the reward adapter; None where there is none.
+    The adapter starts as the reward adapter (Ouyang et al. 2022), or the reference's where there is none. The head
+    starts at zero: the reward model's own head was trained on last tokens only, and what it says of unfinished
+    answers would lead the policy astray until it is unlearned (measured: docs/results.md).
     """
     if ppo.critic == "adapter":
-        roles.copy("reward" if calibration is not None else "reference", "value")
+        roles.copy("reward" if "reward" in roles.heads else "reference", "value")
     head = roles.add_head("value", bias=True)
-    with torch.no_grad():
-        if ppo.critic == "adapter" and calibration is not None:
-            head.weight.copy_(calibration.gain * roles.heads["reward"].weight)
-            head.bias.fill_(calibration.bias)
-        else:
-            nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.weight)
 
 
 def make_optimizer(roles: Roles, ppo: PPOSettings) -> torch.optim.Optimizer:

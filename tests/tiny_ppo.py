@@ -100,7 +100,11 @@ def ppo_roles(base: Base, critic: str = "adapter") -> Roles:
     """All roles as PPO starts with them; reference and reward are made up, and differ."""
     roles = policy_roles(base)
     add_made_up(roles, "reward", seed=2, head=True)
-    add_critic(roles, PPOSettings.model_validate({"critic": critic}), CALIBRATION)
+    add_critic(roles, PPOSettings.model_validate({"critic": critic}))
+    if critic == "adapter":  # a critic that has learned something; `add_critic` leaves its head at zero
+        with torch.no_grad():
+            roles.heads["value"].weight.copy_(CALIBRATION.gain * roles.heads["reward"].weight)
+            roles.heads["value"].bias.fill_(CALIBRATION.bias)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
     return roles

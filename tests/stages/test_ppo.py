@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from tiny_models import loaded_tiny_base, tiny_base, tiny_config
 from tiny_ppo import (
     CALIBRATION,
+    add_made_up,
     favour_token,
     perturb,
+    policy_roles,
     publish_reward,
     publish_sft,
     record_gradients,
@@ -35,7 +37,7 @@ from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig
 from pipeline.errors import ConfigError, DivergenceError, RewardFunctionError, StartupGateError
 from pipeline.metrics import read_metrics
-from pipeline.roles import Roles
+from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
 from stages import ppo
@@ -267,23 +269,22 @@ def test_prompts_come_in_reshuffled_passes():
 # ---- the critic's start
 
 
-def test_the_critic_starts_as_the_calibrated_reward_model_or_at_zero(tmp_path):
-    found = tiny_round(loaded_tiny_base(tmp_path))
-    experience = found.collect(score_clip=None, missing_eos_penalty=0.0)
-    adapter = {
-        name.replace(".value.", ".reward."): tensor
-        for name, tensor in found.parameters("value").items()
-        if "lora" in name
-    }
-    assert same(adapter, {name: tensor for name, tensor in found.parameters("reward").items() if "lora" in name})
-    # Its value before the last token is the reward model's score of the sequence up to there.
-    before_last = [episode.ids[:-1] for episode in experience.episodes]
-    scores_B = found.rewards._model_scores(before_last)  # type: ignore[misc]
-    values_B = experience.values_BT[torch.arange(8), experience.lengths_B - 1]
-    assert torch.allclose(values_B, scores_B, atol=1e-5)
-    assert not torch.allclose(values_B, score_rewards(found.roles, before_last, max_tokens=64), atol=1e-2)
-    head = tiny_round(loaded_tiny_base(tmp_path), critic="head")
-    assert not head.collect().values_BT.any()
+@BOTH_CRITICS
+def test_the_critic_starts_with_the_reward_models_adapter_and_predicts_nothing(tmp_path, critic):
+    roles = policy_roles(loaded_tiny_base(tmp_path))
+    add_made_up(roles, "reward", seed=2, head=True)
+    ppo.add_critic(roles, PPOSettings.model_validate({"critic": critic}))
+
+    def adapter(role: Role) -> dict[str, torch.Tensor]:
+        named = roles.parameters(role)
+        return {name.replace(f".{role}.", "."): tensor for name, tensor in named.items() if "lora_" in name}
+
+    if critic == "adapter":
+        assert same(adapter("value"), adapter("reward")) and adapter("value")
+    else:
+        assert not adapter("value")
+    assert roles.heads["value"].bias is not None
+    assert not roles.head_values("value", torch.randn(3, 64)).any()
 
 
 def test_the_stage_applies_the_stored_calibration(tmp_path, monkeypatch):
