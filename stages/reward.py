@@ -117,7 +117,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     train_loss = train(trainer, TrainingReport("reward", run), checkpoint)
 
     # 6. Result
-    scoring_tokens = 2 * settings.microbatch_size * settings.max_length
+    scoring_tokens = settings.microbatch_size * settings.max_length
     sample = [ids for pair in (held_out_pairs or train_pairs) for ids in (pair.chosen, pair.rejected)]
     sample = sample[:ROUND_TRIP_SEQUENCES]
     trained_scores = score_while_training(model, sample, base.device, scoring_tokens)

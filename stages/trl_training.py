@@ -31,6 +31,8 @@ from stages.inputs import stage_inputs
 
 _NOT_A_METRIC = {"num_tokens", "eval_num_tokens", "total_flos"}
 """What TRL logs and counts from 0 again after a resume."""
+_LAST_FILE = "trainer_state.json"
+"""What transformers writes into a checkpoint when the rest is there."""
 
 
 def quiet_libraries() -> None:
@@ -71,7 +73,7 @@ def _step(checkpoint: Path) -> int:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether its last file is there and readable; a killed process leaves it out or torn."""
     try:
-        return int(read_json(checkpoint / "trainer_state.json")["global_step"]) == _step(checkpoint)
+        return int(read_json(checkpoint / _LAST_FILE)["global_step"]) == _step(checkpoint)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -186,8 +188,16 @@ def train(trainer: Any, report: TrainingReport, checkpoint: Path | None) -> floa
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(report)
-    with report:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    reached = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / _LAST_FILE))
+    if checkpoint is not None and reached is not None and reached.global_step >= reached.max_steps:
+        # Interrupted after the last step, which transformers would follow with one more.
+        trainer.state = reached
+        trainer._load_from_checkpoint(str(checkpoint))
+        if trainer.args.load_best_model_at_end:
+            trainer._load_best_model()
+    else:
+        with report:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     total, last = 0.0, 0
     for entry in trainer.state.log_history:
         if "loss" in entry:

@@ -371,6 +371,18 @@ def test_an_interrupted_run_resumes_and_ends_the_same(tmp_path: Path, monkeypatc
     assert not checkpoints.exists()
 
 
+def test_a_run_that_is_interrupted_after_its_last_step_trains_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, broken = tiny_config(tmp_path / "a", *RESUMABLE), tiny_config(tmp_path / "b", *RESUMABLE)
+    expected = run(straight).metrics
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(sft, "finish", None)
+        run(broken)
+    assert run(broken).metrics == expected
+    assert adapter_bytes(broken) == adapter_bytes(straight)
+
+
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
     straight = tiny_config(tmp_path / "a", *RESUMABLE, "lora.alpha=4")
     run(straight)
