@@ -98,13 +98,13 @@ def check_versions() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("trivet", "note", "runs from a folder, not installed", "Install it: pip install -e .")
         declared = []
-    tested = tested_versions()
+    tested = known_good_versions()
     required = {one.name: one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})}
     for name in sorted(required.keys() | tested.keys()):
         yield judge_version(name, required.get(name), tested.get(name))
 
 
-def tested_versions() -> dict[str, Requirement]:
+def known_good_versions() -> dict[str, Requirement]:
     """The lines of constraints.txt by name; none where trivet does not run from its source folder."""
     try:
         lines = (SOURCE_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
