@@ -298,8 +298,9 @@ def test_a_step_does_not_depend_on_how_its_batch_is_divided(tmp_path: Path) -> N
     whole = trained_head(base, pairs, arguments(tmp_path, **settings | {"microbatch_size": 4}))
     still = trained_head(base, pairs, arguments(tmp_path, **settings | {"microbatch_size": 4, "learning_rate": 1e-12}))
     assert max(float((whole[name] - still[name]).abs().max()) for name in whole) > 1e-2
-    for microbatch in (1, 2):
-        parts = trained_head(base, pairs, arguments(tmp_path, **settings | {"microbatch_size": microbatch}))
+    # Recomputing activations in the backward pass must change as little.
+    for division in ({"microbatch_size": 1}, {"microbatch_size": 2}, {"gradient_checkpointing": False}):
+        parts = trained_head(base, pairs, arguments(tmp_path, **settings | division))
         for name, weight in whole.items():
             torch.testing.assert_close(parts[name], weight, rtol=1e-3, atol=1e-5)
 
@@ -329,7 +330,9 @@ def test_it_starts_as_the_sft_policy_or_afresh(learned: tuple[LoadedConfig, Mani
     def adapter(start_from: Path | None) -> dict[str, Tensor]:
         model, _ = reward_model_for_training(load_base(config.base, "cpu"), config.lora, start_from)
         return {
-            name.replace(".default", ""): weight for name, weight in model.named_parameters() if ".default." in name
+            name.replace(".default", ""): weight.detach()
+            for name, weight in model.named_parameters()
+            if ".default." in name
         }
 
     copied, fresh = adapter(folder), adapter(None)

@@ -155,8 +155,9 @@ def test_a_step_does_not_depend_on_how_its_batch_is_divided(tmp_path: Path) -> N
     # SGD, since Adam's first steps would hide a wrong scale of the gradient.
     settings = {"batch_size": 4, "max_steps": 3, "learning_rate": 1.0, "max_grad_norm": 1e9, "optimizer": "sgd"}
     whole = trained_adapter(base, rows, arguments(tmp_path, **settings | {"microbatch_size": 4}))
-    for microbatch in (1, 2):
-        parts = trained_adapter(base, rows, arguments(tmp_path, **settings | {"microbatch_size": microbatch}))
+    # Recomputing activations in the backward pass must change as little.
+    for division in ({"microbatch_size": 1}, {"microbatch_size": 2}, {"gradient_checkpointing": False}):
+        parts = trained_adapter(base, rows, arguments(tmp_path, **settings | division))
         for name, change in whole.items():
             torch.testing.assert_close(parts[name], change, rtol=1e-3, atol=1e-6)
     assert max(float(change.abs().max()) for change in whole.values()) > 1e-3

@@ -57,7 +57,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, RunDir
     running = [
         subprocess.Popen(
             [sys.executable, "-c", BOTH_STAGES, str(two.path)],
-            env=os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
+            env=os.environ
+            | address
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -67,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, RunDir
     ]
     try:
         for process in running:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=300)
             assert process.returncode == 0, output[-4000:]
     finally:
         for process in running:
