@@ -112,6 +112,7 @@ def load_base(base: BaseSettings, device: torch.device | str | None = None) -> B
     model.requires_grad_(False)
     model.generation_config = type(model.generation_config)()  # sampling settings are trivet's, not the checkpoint's
     _keep_4bit_storage_as_it_is(model)
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     identity = BaseIdentity(
         model=base.model,
         revision=base.revision,
@@ -149,6 +150,15 @@ def _quantization_name(base: BaseSettings, dtype: torch.dtype) -> str:
     """Names the arithmetic: weights are cast to `dtype` before they are quantized, so it is part of it."""
     kind = "nf4-double" if base.quantization == "nf4" and base.double_quantization else base.quantization
     return f"{kind}/{str(dtype).removeprefix('torch.')}"
+
+
+def _contiguous(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Copy a strided input of the output head.
+
+    A prefill hands it the last token of each sequence as a slice, which torch multiplies in 16 bits on a CPU by one
+    copy of the head's weight per sequence: 3.6 GB for 64 sequences of a 135M model, instead of 6 MB.
+    """
+    return (arguments[0].contiguous(), *arguments[1:])
 
 
 def _keep_4bit_storage_as_it_is(model: nn.Module) -> None:

@@ -319,3 +319,13 @@ def test_a_tokenizer_without_template_or_eos_is_refused_when_it_is_needed(tmp_pa
     without_eos = load_base(settings(tiny_base(tmp_path / "b", tokenizer_variant="no_eos")), "cpu")
     with pytest.raises(BaseModelError, match="no EOS token"):
         _ = without_eos.chat.eos_token_id
+
+
+def test_the_output_head_never_sees_a_strided_slice(tmp_path):
+    base = loaded_tiny_base(tmp_path)
+    seen: list[bool] = []
+    base.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
+    ids_BL = torch.randint(5, 100, (4, 9))
+    # What a prefill asks for: the last position of every sequence.
+    base.model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), logits_to_keep=1)
+    assert seen == [True]
