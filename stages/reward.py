@@ -16,9 +16,8 @@ that give its scores mean 0 and variance 1 are stored with the adapter.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +44,10 @@ from pipeline.rewards import Calibration
 from pipeline.roles import Roles, reward_model_for_training
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
-from pipeline.statistics import accuracy_longer_wins, win_rate
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
 from stages.gates import reward_probe
+from stages.pairs import HELD_OUT, Pair, correlation, held_out_metrics, score_pairs, tokenize, write_held_out
 from stages.result import StageClock, finish
 from stages.trl_training import (
     TrainingReport,
@@ -61,19 +60,8 @@ from stages.trl_training import (
     train,
 )
 
-HELD_OUT = "held_out.jsonl"
-"""File of the finished stage: a line a held-out pair, with its scores."""
 ROUND_TRIP_SEQUENCES = 32
 """Sequences that are scored before saving and after loading."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A comparison as token ids."""
-
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    comparison: Comparison
 
 
 def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
@@ -156,14 +144,6 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         )
     trainer.accelerator.wait_for_everyone()
     return read_manifest(run.stage("reward"))
-
-
-def tokenize(chat: ChatFormat, comparisons: Sequence[Comparison]) -> list[Pair]:
-    """Comparisons -> token ids, by the function that PPO's sequences come from as well."""
-    return [
-        Pair(chat.example(row.prompt, row.chosen).ids, chat.example(row.prompt, row.rejected).ids, row)
-        for row in comparisons
-    ]
 
 
 def as_dataset(pairs: Sequence[Pair]) -> Dataset:
@@ -257,31 +237,6 @@ def require_same_scores(trained_B: Tensor, loaded_B: Tensor) -> None:
         )
 
 
-def score_pairs(roles: Roles, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
-    """Raw scores [P, 2] of the chosen and the rejected answers."""
-    if not pairs:
-        return torch.empty(0, 2)
-    sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
-    return score_rewards(roles, sequences, max_tokens=max_tokens).view(-1, 2)
-
-
-def held_out_metrics(pairs: Sequence[Pair], scores_P2: Tensor) -> dict[str, Any]:
-    """How often, and by how much, the preferred answer gets the higher score; and what its length alone would give."""
-    if not pairs:
-        return {"held_out_accuracy": None}
-    margin_P = scores_P2[:, 0] - scores_P2[:, 1]
-    wins, ties = int((margin_P > 0).sum()), int((margin_P == 0).sum())
-    lengths = [(characters(pair.comparison.chosen), characters(pair.comparison.rejected)) for pair in pairs]
-    flat = torch.tensor(lengths, dtype=torch.float64).flatten()
-    return {
-        "held_out_accuracy": win_rate(wins, ties, len(pairs) - wins - ties).as_dict(),
-        "held_out_accuracy_longer_wins": accuracy_longer_wins(*zip(*lengths, strict=True)).as_dict(),
-        "held_out_loss": float(-torch.nn.functional.logsigmoid(margin_P.double()).mean()),
-        "held_out_margin": float(margin_P.mean()),
-        "held_out_length_correlation": correlation(scores_P2.flatten(), flat),
-    }
-
-
 def calibrate(
     roles: Roles, prompts: Sequence[Sequence[int]], config: PipelineConfig, max_tokens: int
 ) -> tuple[Calibration, dict[str, float]]:
@@ -307,37 +262,6 @@ def calibrate(
         "calibration_length_correlation": correlation(raw_B, lengths_B),
         "calibration_eos_rate": sum(response.finished for response in responses) / len(responses),
     }
-
-
-def correlation(first_N: Tensor, second_N: Tensor) -> float:
-    """Pearson's correlation; 0 where one of the two does not vary."""
-    pair_2N = torch.stack([first_N.double(), second_N.double()])
-    pair_2N = pair_2N - pair_2N.mean(dim=1, keepdim=True)
-    scale = float(pair_2N.norm(dim=1).prod())
-    return float(pair_2N.prod(dim=0).sum()) / scale if scale > 0 else 0.0
-
-
-def characters(text: Text) -> int:
-    """Length of an answer in characters, whatever its form."""
-    return len(text) if isinstance(text, str) else sum(len(message.content) for message in text)
-
-
-def write_held_out(path: Path, pairs: Sequence[Pair], scores_P2: Tensor) -> None:
-    """A JSON line a pair: where it came from, its scores and its lengths, for reports by source."""
-    with path.open("w", encoding="utf-8") as file:
-        for pair, (chosen, rejected) in zip(pairs, scores_P2.tolist(), strict=True):
-            row: Mapping[str, Any] = {
-                "source": pair.comparison.origin.source,
-                "row": pair.comparison.origin.row,
-                "score_chosen": chosen,
-                "score_rejected": rejected,
-                "characters_chosen": characters(pair.comparison.chosen),
-                "characters_rejected": characters(pair.comparison.rejected),
-                "tokens_chosen": len(pair.chosen),
-                "tokens_rejected": len(pair.rejected),
-                "columns": dict(pair.comparison.columns),
-            }
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
 from pipeline.statistics import wilson_interval
 from pipeline.trl_options import reward_arguments
+from stages.pairs import HELD_OUT, Pair, correlation, tokenize
 
 WITHOUT_Z = "abcdefghijklmnopqrstuvwxy "
 
@@ -112,7 +113,7 @@ def test_it_learns_more_than_that_the_longer_answer_wins(learned: tuple[LoadedCo
 
 def test_the_figures_are_those_of_the_pairs(learned: tuple[LoadedConfig, Manifest]) -> None:
     loaded, manifest = learned
-    lines = (folder_of(loaded) / reward.HELD_OUT).read_text().splitlines()
+    lines = (folder_of(loaded) / HELD_OUT).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     metrics, n = manifest.metrics, len(rows)
     wins = sum(row["score_chosen"] > row["score_rejected"] for row in rows)
@@ -148,7 +149,7 @@ def test_the_published_adapter_scores_as_the_trained_one_did(learned: tuple[Load
     loaded, _ = learned
     roles = loaded_roles(loaded)
     originals = comparisons()
-    for line in (folder_of(loaded) / reward.HELD_OUT).read_text().splitlines():
+    for line in (folder_of(loaded) / HELD_OUT).read_text().splitlines():
         row = json.loads(line)
         original = originals[row["row"] - 1]
         prompt = (Message("user", original["prompt"][0]["content"]),)
@@ -240,8 +241,8 @@ def records(margins: list[float | None]) -> list[Comparison]:
 
 def test_rows_without_a_margin_ask_for_none(tmp_path: Path) -> None:
     chat = loaded_tiny_base(tmp_path).chat
-    assert "margin" not in reward.as_dataset(reward.tokenize(chat, records([None, None]))).column_names
-    mixed = reward.as_dataset(reward.tokenize(chat, records([None, 0.5, 2])))
+    assert "margin" not in reward.as_dataset(tokenize(chat, records([None, None]))).column_names
+    mixed = reward.as_dataset(tokenize(chat, records([None, 0.5, 2])))
     assert mixed["margin"][:] == [0.0, 0.5, 2.0]
 
 
@@ -249,7 +250,7 @@ def test_rows_without_a_margin_ask_for_none(tmp_path: Path) -> None:
 def test_the_loss_is_the_one_in_the_docstring(tmp_path: Path, margins: list[float | None]) -> None:
     base = loaded_tiny_base(tmp_path)
     model, _ = reward_model_for_training(base, LoraSettings(rank=4), None)
-    pairs = reward.tokenize(base.chat, records(margins))
+    pairs = tokenize(base.chat, records(margins))
     trainer = reward.build_trainer(model, base.chat, arguments(tmp_path), pairs, [])
     with torch.no_grad():
         found = float(trainer.compute_loss(model, trainer.data_collator(list(trainer.train_dataset))))
@@ -267,7 +268,7 @@ def test_a_pair_in_a_batch_scores_as_it_does_alone(tmp_path: Path, variant: str)
     base = loaded_tiny_base(tmp_path, tokenizer_variant=variant)
     torch.manual_seed(0)
     model, _ = reward_model_for_training(base, LoraSettings(rank=4), None)
-    pairs = reward.tokenize(base.chat, records([None] * 4))
+    pairs = tokenize(base.chat, records([None] * 4))
     trainer = reward.build_trainer(model, base.chat, arguments(tmp_path), pairs, [])
     batch = trainer.data_collator(list(trainer.train_dataset))
     assert int((batch["attention_mask"] == 0).sum()) > 0
@@ -281,7 +282,7 @@ def test_a_pair_in_a_batch_scores_as_it_does_alone(tmp_path: Path, variant: str)
     assert all(sequence[-1] == base.chat.eos_token_id for sequence in sequences)
 
 
-def trained_head(base: Any, pairs: list[reward.Pair], settings: Any) -> dict[str, Tensor]:
+def trained_head(base: Any, pairs: list[Pair], settings: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model, _ = reward_model_for_training(base, LoraSettings(rank=4), None)
     reward.build_trainer(model, base.chat, settings, pairs, []).train()
@@ -292,7 +293,7 @@ def trained_head(base: Any, pairs: list[reward.Pair], settings: Any) -> dict[str
 
 def test_a_step_does_not_depend_on_how_its_batch_is_divided(tmp_path: Path) -> None:
     base = loaded_tiny_base(tmp_path)
-    pairs = reward.tokenize(base.chat, records([None] * 8))
+    pairs = tokenize(base.chat, records([None] * 8))
     # SGD, since Adam's first steps would hide a wrong scale of the gradient.
     settings = {"batch_size": 4, "max_steps": 2, "learning_rate": 0.1, "max_grad_norm": 1e9, "optimizer": "sgd"}
     whole = trained_head(base, pairs, arguments(tmp_path, **settings | {"microbatch_size": 4}))
@@ -313,7 +314,7 @@ def test_adapter_and_head_learn_in_float32_on_a_quantized_base(tmp_path: Path, d
     )
     base = load_base(settings.base, "cpu")
     model, _ = reward_model_for_training(base, LoraSettings(rank=4), None)
-    pairs = reward.tokenize(base.chat, records([None] * 4))
+    pairs = tokenize(base.chat, records([None] * 4))
     trainer = reward.build_trainer(model, base.chat, arguments(tmp_path, max_steps=1), pairs, [])
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     assert {weight.dtype for weight in trainable} == {torch.float32}
@@ -409,8 +410,8 @@ def test_without_prompts_those_of_the_pairs_calibrate(tmp_path: Path) -> None:
 
 
 def test_a_correlation_with_what_does_not_vary_is_none() -> None:
-    assert reward.correlation(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])) == 0
-    assert reward.correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0, 4.0, 2.0])) == pytest.approx(-1)
+    assert correlation(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])) == 0
+    assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0, 4.0, 2.0])) == pytest.approx(-1)
 
 
 class InterruptedHereError(Exception):
