@@ -51,13 +51,20 @@ def tiny_base(
     return folder
 
 
-def loaded_tiny_base(folder: Path, architecture: str = "llama", *, quantization: str = "none", **options: Any) -> Base:
-    """A tiny base, saved, loaded and quantized, in float32."""
+def loaded_tiny_base(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    quantization: str = "none",
+    dtype: str = "float32",
+    **options: Any,
+) -> Base:
+    """A tiny base, saved, loaded and quantized."""
     path = folder / f"{architecture}-base"
     if not path.exists():
         tiny_base(path, architecture, **options)
     settings = BaseSettings.model_validate(
-        {"model": str(path), "quantization": quantization, "dtype": "float32", "cache_dir": str(folder / "cache")}
+        {"model": str(path), "quantization": quantization, "dtype": dtype, "cache_dir": str(folder / "cache")}
     )
     return load_base(settings, "cpu")
 

@@ -121,13 +121,14 @@ def test_an_episode_without_a_response_is_a_fault_of_the_caller(tmp_path):
         score_logprobs(roles, "policy", [Episode((5,), ())], temperature=1.0, max_tokens=64)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_the_same_pair_gets_the_same_score_in_both_stages(tmp_path, quantization):
+def test_the_same_pair_gets_the_same_score_in_both_stages(tmp_path, quantization, dtype):
     """As the reward stage trains and as PPO scores: the same ids, and bit for bit the same score."""
     from stages.reward import score_while_training, tokenize
 
     def fresh_base():
-        return loaded_tiny_base(tmp_path, quantization=quantization)
+        return loaded_tiny_base(tmp_path, quantization=quantization, dtype=dtype)
 
     prompt, answers = (Message("user", "sun"),), ("sun!", "zz sun, and a longer answer")
     chosen, rejected = ((Message("assistant", text),) for text in answers)
