@@ -190,6 +190,13 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[str]
     return set(seen)
 
 
+# What pydantic says in the words of Python.
+_PLAIN_WORDS = {
+    "tuple_type": "input should be a list",
+    "model_type": "input should be a group of settings, `key: value` each",
+}
+
+
 def _explain(error: ValidationError) -> list[str]:
     faults = []
     for detail in error.errors():
@@ -207,7 +214,8 @@ def _explain(error: ValidationError) -> list[str]:
             faults.append(f"the key '{place}' is missing; it has no default")
         else:
             got = "" if isinstance(detail["input"], (dict, list)) else f" (got {detail['input']!r})"
-            faults.append(f"{place}: {detail['msg'][0].lower()}{detail['msg'][1:]}{got}")
+            wanted = _PLAIN_WORDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
+            faults.append(f"{place}: {wanted[0].lower()}{wanted[1:]}{got}")
     return [_numbered(faults)]
 
 
@@ -289,5 +297,6 @@ def _resolve_paths(config: PipelineConfig, folder: Path) -> PipelineConfig:
 def is_local_source(path: str, folder: Path = Path()) -> bool:
     """Whether a data source's path names a file or function on this machine rather than a hub data set."""
     file = path.rpartition(":")[0] if ".py:" in path else path
-    local_suffixes = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".py")
-    return file.startswith((".", "/", "~")) or file.endswith(local_suffixes) or (folder / file).exists()
+    # Some of them no source can be: a file of that name is a mistake to name, not a hub id to ask for.
+    suffixes = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".py", ".gz", ".tsv", ".txt", ".xlsx", ".zip")
+    return file.startswith((".", "/", "~")) or file.lower().endswith(suffixes) or (folder / file).exists()

@@ -221,6 +221,19 @@ def test_a_learning_rate_may_be_written_as_people_write_it(tmp_path: Path, text:
     assert load(tmp_path, f"sft.learning_rate={text}").config.sft.learning_rate == float(text)
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lora.target_modules=q_proj", "lora.target_modules: input should be a list (got 'q_proj')"),
+        ("ppo.rewards=null", "ppo.rewards: input should be a list (got None)"),
+        ("ppo=3", "ppo: input should be a group of settings, `key: value` each (got 3)"),
+        ("data.prompts.held_out=1.5", "data.prompts.held_out: a held-out fraction lies between 0 and 1 (got 1.5)"),
+    ],
+)
+def test_a_wrong_kind_of_value_is_named_in_the_words_of_yaml(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in fault(tmp_path, override)
+
+
 def test_every_setting_has_an_origin_and_a_line(tmp_path: Path) -> None:
     loaded = load(tmp_path)
     keys = {key for key, _ in flatten(loaded.config.model_dump(mode="json"))}
@@ -303,6 +316,10 @@ def test_absolute_and_home_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ("a.jsonl", True),
         ("make.py:rows", True),
+        ("absent.jsonl.gz", True),
+        ("absent.CSV", True),
+        ("folder/absent.txt", True),
+        ("org/set-v1.5", False),
         ("./folder", True),
         ("org/data", False),
         ("squad", False),
