@@ -43,6 +43,7 @@ def locate(base: BaseSettings) -> BaseSource:
     else:
         path = _from_hub(base)
     if path.is_file() and path.suffix == ".gguf":
+        _require_gguf(path)
         return BaseSource("gguf", path, _cached_file_digest(path, base))
     if not (path / "config.json").is_file():
         raise BaseModelError(
@@ -59,6 +60,21 @@ def locate(base: BaseSettings) -> BaseSource:
         )
     parts = {file.name: _cached_file_digest(file, base) for file in [*weights, path / "config.json"]}
     return BaseSource("folder", path, digest(parts))
+
+
+def _require_gguf(path: Path) -> None:
+    """Refuse a file that only has the name, such as a web page or a Git LFS pointer in the model's place."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise BaseModelError(f"the base cannot be read: {error.strerror}", where=str(path)) from None
+    if start != b"GGUF":
+        raise BaseModelError(
+            "this is not a GGUF file, whatever its name",
+            where=str(path),
+            remedy="Download it again; a file of some hundred bytes is often a Git LFS pointer.",
+        )
 
 
 def _in_package(reference: str) -> Path:

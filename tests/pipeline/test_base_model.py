@@ -212,6 +212,12 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 1, "a draft is left"
 
 
+def test_a_file_that_is_gguf_only_by_name_is_refused(tmp_path):
+    (tmp_path / "tiny.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(BaseModelError, match=r"tiny\.gguf: this is not a GGUF file.*\n.*Download it again"):
+        load_tokenizer(settings(tmp_path / "tiny.gguf"))
+
+
 def test_a_gguf_file_that_changes_is_converted_again(tmp_path):
     pytest.importorskip("gguf")
     path = tmp_path / "tiny.gguf"
