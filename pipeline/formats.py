@@ -31,6 +31,8 @@ _ROLES = {
 }
 # What reward functions are called with besides the columns; a column of that name cannot be handed on.
 _REWARD_ARGUMENTS = ("prompts", "completions")
+# How a conversation begins that was written into one cell of a table, as JSON or (not to be read) as Python prints it.
+_LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
 _TRANSCRIPT_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -91,7 +93,9 @@ def _text(value: Any, row: Row, column: str) -> str:
         raise DataError(
             f"'{column}' is of type {type(value).__name__}, where a text is expected",
             where=row.where,
-            remedy="Put the value in quotes, or remove the row.",
+            remedy='Write a text, or a list of messages: [{"role": ..., "content": ...}].'
+            if isinstance(value, Mapping)
+            else "Put the value in quotes, or remove the row.",
         )
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise DataError(
@@ -111,7 +115,9 @@ def _messages(value: Any, row: Row, column: str) -> Messages:
             value = None
     if not isinstance(value, (list, tuple)):
         raise DataError(
-            f"'{column}' is not a list of messages", where=row.where, remedy='Write [{"role": ..., "content": ...}].'
+            f"'{column}' is not a list of messages",
+            where=row.where,
+            remedy='Write [{"role": ..., "content": ...}]; in a CSV cell as JSON, with double quotes.',
         )
     return tuple(_message(item, row, f"{column}[{position}]") for position, item in enumerate(value))
 
@@ -145,7 +151,7 @@ def _message(value: Any, row: Row, place: str) -> Message:
 
 
 def _text_or_messages(value: Any, row: Row, column: str) -> Text:
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) or (isinstance(value, str) and _LIST_OF_MESSAGES.match(value)):
         return _messages(value, row, column)
     return _text(value, row, column)
 

@@ -84,7 +84,7 @@ def _located_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
         return _function_rows(source.path)
     path = Path(source.path).expanduser()
     _check_file(path)
-    name = path.name.removesuffix(".gz")
+    name = path.name.lower().removesuffix(".gz")
     if name.endswith((".jsonl", ".ndjson")):
         return _jsonl_rows(path, _read_bytes(path))
     if name.endswith(".json"):
@@ -114,7 +114,7 @@ def _check_file(path: Path) -> None:
 def _read_bytes(path: Path) -> bytes:
     try:
         content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
+        return gzip.decompress(content) if path.suffix.lower() == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"the file cannot be read: {reason}", where=str(path)) from None
@@ -234,6 +234,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if header is None:
             header = cells
             repeated = sorted({name for name in header if header.count(name) > 1})
+            separator = next((sign for sign in (";", "\t", "|") if len(header) == 1 and sign in header[0]), None)
+            if separator is not None:
+                raise DataError(
+                    f"the columns are separated by {separator!r}", where=where, remedy="Write the file with commas."
+                )
             if repeated:
                 raise DataError(f"the column '{repeated[0]}' is named twice", where=where, remedy="Rename one.")
         elif len(cells) != len(header):
@@ -274,7 +279,8 @@ def _function_rows(reference: str) -> Iterator[tuple[str, Any]]:
             yield f"{reference}, row {number}", values
     except TrivetError:
         raise
-    except Exception as error:
+    # A function that calls sys.exit must not end the run without a word.
+    except (Exception, SystemExit) as error:
         raise DataError(
             f"the data function failed after {number} rows: {type(error).__name__}: {error}",
             where=reference,

@@ -854,3 +854,52 @@ def test_messages_are_immutable_records(tmp_path: Path) -> None:
     record = read_one(tmp_path, "instructions", {"messages": [user("Q"), assistant("A")]})
     assert record.prompt == (Message("user", "Q"),)
     assert hash(record.prompt)
+
+
+# ---- tables that people export
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "ROWS.CSV"])
+def test_a_conversation_in_a_csv_cell_is_a_conversation(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "chosen", "rejected"])
+        for word in ("sun", "sea"):
+            table.writerow([json.dumps([user(word)]), json.dumps([assistant("yes")]), "no"])
+    split = load_preferences(settings_for("preferences", path))
+    for record in split.train + split.held_out:
+        assert isinstance(record.prompt, tuple)
+        assert as_plain(record.chosen) == [assistant("yes")] and as_plain(record.rejected) == [assistant("no")]
+
+
+def test_a_conversation_as_python_prints_it_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt"], [str([user("sun")])], [str([user("sea")])]])
+    with pytest.raises(DataError, match=r"rows\.csv, line 2: 'prompt' is not a list of messages\n.*as JSON"):
+        load_prompts(settings_for("prompts", path))
+
+
+@pytest.mark.parametrize("text", ["[{not messages", "[1, 2]", '{"role": "user"}'])
+def test_a_text_that_only_looks_like_json_stays_a_text(tmp_path: Path, text: str) -> None:
+    assert read_one(tmp_path, "prompts", {"prompt": text}).prompt == text
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_csv_with_another_separator_is_named(tmp_path: Path, separator: str) -> None:
+    path = write(tmp_path, f"prompt{separator}completion\na{separator}b\n", "rows.csv")
+    with pytest.raises(DataError, match=r"rows\.csv, line 1: the columns are separated by .*\n.*commas"):
+        load_instructions(settings_for("instructions", path))
+
+
+def test_a_lone_message_in_place_of_a_list_gets_advice_that_helps(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": "Q", "chosen": assistant("A"), "rejected": assistant("B")}])
+    with pytest.raises(DataError, match=r"line 1: 'chosen' is of type dict.*\n.*a list of messages"):
+        load_preferences(settings_for("preferences", path))
+
+
+def test_a_data_function_that_exits_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "import sys\ndef rows():\n    sys.exit(3)\n", "make.py")
+    with pytest.raises(DataError, match=r"the data function failed after 0 rows: SystemExit: 3"):
+        load_instructions(settings_for("instructions", f"{tmp_path}/make.py:rows"))
