@@ -195,6 +195,12 @@ def _load(kind: str, data: DataSettings, formats: Sequence[Format[Record]], chec
         held_keys = _held_out_keys(keys, data_set.held_out)
         if len(keys) == 1:
             rows = sum(len(source.kept) for source in pool)
+            if rows == 1:
+                raise DataError(
+                    "one row is left, which cannot be both trained on and held out",
+                    where=where,
+                    remedy=f"Add rows, or give {where}.held_out sources of their own.",
+                )
             raise DataError(
                 f"all {rows} rows have the same prompt, so that none can be held out",
                 where=where,

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, Generic, TypeVar
 
 from pipeline.errors import DataError
@@ -58,8 +58,10 @@ def detect(formats: Sequence[Format[Record]], rows: Sequence[Row], source: str) 
     Raises:
         DataError: no row fits a format, or one lacks a column that its fellows have.
     """
-    for row in rows:
-        present = {column for column, value in row.values.items() if value is not None}
+    filled = ({column for column, value in row.values.items() if value is not None} for row in rows)
+    # Rows that have the columns with nothing in them are empty, which is counted, not unknown.
+    named = (set(row.values) for row in rows)
+    for present in chain(filled, named):
         found = next((known for known in formats if present.issuperset(known.required)), None)
         if found is not None:
             break

@@ -903,3 +903,15 @@ def test_a_data_function_that_exits_is_named(tmp_path: Path) -> None:
     write(tmp_path, "import sys\ndef rows():\n    sys.exit(3)\n", "make.py")
     with pytest.raises(DataError, match=r"the data function failed after 0 rows: SystemExit: 3"):
         load_instructions(settings_for("instructions", f"{tmp_path}/make.py:rows"))
+
+
+def test_rows_with_nothing_in_their_columns_are_empty_and_not_of_an_unknown_format(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": None, "completion": None}] * 3)
+    with pytest.raises(DataError, match="no rows are left to train on: 3 read, dropped: 3 empty"):
+        load_instructions(settings_for("instructions", path))
+
+
+def test_one_row_gets_advice_that_helps(tmp_path: Path) -> None:
+    path = write(tmp_path, [SPARE["instructions"]])
+    with pytest.raises(DataError, match=r"one row is left.*\n.*Add rows"):
+        load_instructions(settings_for("instructions", path))
