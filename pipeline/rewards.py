@@ -69,7 +69,8 @@ class RewardFunction:
                 prompts=[as_plain(prompt.prompt) for prompt in prompts], completions=list(completions), **columns
             )
             numbers = [float(value) for value in values]
-        except Exception as error:
+        # A function that calls sys.exit must not end the stage without a word.
+        except (Exception, SystemExit) as error:
             raise RewardFunctionError(
                 f"the {self.what} failed: {type(error).__name__}: {error}",
                 where=self.reference,
@@ -78,7 +79,9 @@ class RewardFunction:
             ) from error
         if len(numbers) != len(prompts):
             raise RewardFunctionError(
-                f"the {self.what} returned {len(numbers)} numbers for {len(prompts)} responses", where=self.reference
+                f"the {self.what} returned {len(numbers)} numbers for {len(prompts)} responses",
+                where=self.reference,
+                remedy="Return a list of one number for every response, in their order.",
             )
         for prompt, completion, number in zip(prompts, completions, numbers, strict=True):
             if not math.isfinite(number):

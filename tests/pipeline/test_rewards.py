@@ -117,3 +117,17 @@ def test_calibrated_scores_have_mean_0_and_variance_1():
 def test_scores_that_do_not_vary_are_only_shifted():
     calibration = Calibration.fit(torch.full((5,), 7.0))
     assert calibration.gain == 1.0 and calibration.apply(torch.tensor([7.0, 9.0])).tolist() == [0.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("import sys; sys.exit(4)", "the reward function failed: SystemExit: 4"),
+        ("return [1.0]", "Return a list of one number for every response"),
+    ],
+)
+def test_a_reward_function_that_exits_or_miscounts_is_told_what_to_do(tmp_path, body, expected):
+    (tmp_path / "judge.py").write_text(f"def judge(prompts, completions):\n    {body}\n")
+    prompts = [Prompt("a", Origin("s", 1)), Prompt("b", Origin("s", 2))]
+    with pytest.raises(RewardFunctionError, match=expected):
+        RewardFunction(f"{tmp_path}/judge.py:judge").probe(prompts)
