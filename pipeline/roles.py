@@ -362,6 +362,7 @@ def reward_model_for_training(base: Base, lora: LoraSettings, start_from: Path |
     if start_from is not None:
         config = LoraConfig.from_pretrained(start_from)
         config.inference_mode, config.lora_dropout = False, lora.dropout
+        config.base_model_name_or_path = None  # PEFT would warn of the folder that the base was converted to
         tensors = load_file(start_from / ADAPTER_WEIGHTS)
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
     reward_model = RewardModel(base.model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -341,6 +343,17 @@ def test_it_starts_as_the_sft_policy_or_afresh(learned: tuple[LoadedConfig, Mani
     assert all(torch.equal(copied[name], tensor) for name, tensor in theirs.items())
     assert all(float(tensor.abs().max()) == 0 for name, tensor in fresh.items() if "lora_B" in name)
     assert any(float(tensor.abs().max()) > 0 for name, tensor in theirs.items() if "lora_B" in name)
+
+
+def test_a_base_that_was_converted_brings_no_warning(learned: tuple[LoadedConfig, Manifest], tmp_path: Path) -> None:
+    config = learned[0].config
+    folder = shutil.copytree(RunDirectory(config.run_dir).stage("sft"), tmp_path / "sft")
+    adapter = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(adapter | {"base_model_name_or_path": "package:x/y.gguf"}))
+    base = load_base(config.base, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        reward_model_for_training(base, config.lora, folder)
 
 
 # -- the stage
