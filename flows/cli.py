@@ -174,9 +174,12 @@ def _stages(loaded: LoadedConfig) -> tuple[StageName, ...]:
 
 def _print_plan(loaded: LoadedConfig, stages: tuple[StageName, ...], *, force: bool) -> None:
     from stages.command import plan
+    from stages.preflight import require_good_input
 
     for line in plan(loaded, stages, force=force):
         print(line)
+    require_good_input(loaded)
+    print("The input of all stages is good: base, tokenizer, data, functions and TRL's options.")
 
 
 def _run_stage(stage: StageName, loaded: LoadedConfig, *, force: bool, dry_run: bool) -> None:

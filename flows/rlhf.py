@@ -13,6 +13,7 @@ from prefect import flow
 from flows.summary import write_summary
 from flows.tasks import Order, evaluate, train_ppo, train_reward, train_sft
 from pipeline.config_file import load_config
+from stages.preflight import require_good_input
 
 
 def align(config: str, overrides: list[str] | None = None, force: bool = False) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def align(config: str, overrides: list[str] | None = None, force: bool = False) 
     started = datetime.now(UTC)
     order = Order(config, tuple(overrides or ()), force)
     loaded = load_config(config, order.overrides)
+    require_good_input(loaded)
 
     sft = train_sft(order)
     reward = train_reward(order, sft) if loaded.config.trains_reward_model else None

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from pipeline.artifacts import BaseIdentity
-from pipeline.base_source import BaseSource, locate
+from pipeline.base_source import BaseSource, locate, read_template
 from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
@@ -67,14 +67,7 @@ def _read_tokenizer(folder: Path, base: BaseSettings) -> PreTrainedTokenizerBase
             remedy="The folder needs tokenizer.json (or the files of a slow tokenizer) beside the weights.",
         ) from None
     if base.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(base.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise BaseModelError(
-                f"the chat template cannot be read: {error.strerror}",
-                where=base.chat_template,
-                remedy="Set base.chat_template.",
-            ) from None
+        tokenizer.chat_template = read_template(base.chat_template)
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -235,8 +228,15 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+                model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            except Exception as error:  # the reader fails in as many ways as a file can be broken
+                raise BaseModelError(
+                    f"the GGUF file cannot be read: {type(error).__name__}: {str(error)[:200]}",
+                    where=str(file),
+                    remedy="It may be torn, or of an architecture that transformers cannot read from GGUF.",
+                ) from error
         # The weights are plain tensors by now; saving would refuse while the config still calls them GGUF.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False

@@ -77,6 +77,21 @@ def _require_gguf(path: Path) -> None:
         )
 
 
+def read_template(path: str) -> str:
+    """The chat template that the config names.
+
+    Raises:
+        BaseModelError: it is not there, or is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise BaseModelError(
+            f"the chat template cannot be read: {reason}", where=path, remedy="Set base.chat_template to a Jinja file."
+        ) from None
+
+
 def _in_package(reference: str) -> Path:
     name, slash, file = reference.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None

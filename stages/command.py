@@ -57,13 +57,13 @@ def stage_main(stage: StageName, run: Run, argv: Sequence[str] | None = None) ->
         else:
             _run_unless_current(stage, run, loaded, force=arguments.force)
     except TrivetError as error:
-        if not _leave_message(error):
+        if not leave_message(error):
             print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        _leave_message(error)
+        leave_message(error)
         traceback.print_exc()
         sys.exit(1)
     sys.exit(0)
@@ -130,7 +130,7 @@ def _quiet() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def _leave_message(error: Exception) -> bool:
+def leave_message(error: Exception) -> bool:
     """Tell the parent process what went wrong, if there is one that asked to be told."""
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if path is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pipeline
 from pipeline.artifacts import Manifest, digest, read_manifest
-from pipeline.base_source import locate
+from pipeline.base_source import locate, read_template
 from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import fingerprint
@@ -93,4 +92,4 @@ def _data(stage: StageName, config: PipelineConfig) -> dict[str, str]:
 
 
 def _text(path: str | None) -> str | None:
-    return path and Path(path).read_text(encoding="utf-8")
+    return None if path is None else read_template(path)

@@ -1,0 +1,92 @@
+"""Everything that can be wrong with a run's input, found before its first stage spends time.
+
+Loads tokenizer and data and calls each reward function once, but no model. A flow calls `require_good_input`, which
+runs this module in a process of its own, so that the flow's process stays free of torch.
+
+    python -m stages.preflight CONFIG [key=value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pipeline import errors
+from pipeline.config_file import LoadedConfig, load_config
+from pipeline.errors import ConfigError, TrivetError
+from stages.command import leave_message
+from stages.launch import ERROR_FILE_VARIABLE, child_environment
+
+
+def require_good_input(loaded: LoadedConfig) -> None:
+    """Check the input of all stages in another process.
+
+    Raises:
+        TrivetError: what `check` raises there.
+    """
+    with tempfile.TemporaryDirectory(prefix="trivet-") as scratch:
+        message = Path(scratch) / "error.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "stages.preflight", str(loaded.path.resolve()), *loaded.overrides],
+            env=child_environment(loaded.config.launch) | {ERROR_FILE_VARIABLE: str(message)},
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode == 0:
+            return
+        if not message.exists():
+            raise TrivetError(f"the check of the input ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        said = json.loads(message.read_text(encoding="utf-8"))
+    kind = getattr(errors, said["kind"], TrivetError)
+    raise kind(said["problem"], where=said["where"], remedy=said["remedy"])
+
+
+def check(loaded: LoadedConfig) -> None:
+    """Read all that the stages will read, short of the models.
+
+    Raises:
+        TrivetError: the first fault; its kind says whether config, base, data or a function is to blame.
+    """
+    from pipeline.base_model import load_tokenizer
+    from pipeline.chat import ChatFormat
+    from pipeline.datasets import load_instructions, load_preferences, load_prompts
+    from pipeline.rewards import RewardFunction, RewardSum
+    from pipeline.trl_options import check_trl_options
+
+    config = loaded.config
+    if config.launch.accelerate_config is not None and not Path(config.launch.accelerate_config).is_file():
+        raise ConfigError(
+            "there is no such file",
+            where=f"launch.accelerate_config={config.launch.accelerate_config}",
+            remedy="Make one with `accelerate config --config_file FILE`, or remove the key.",
+        )
+    check_trl_options(config)
+    rewards = RewardSum(config.ppo.rewards, model_scores=None)
+    gold = config.evaluate.gold and RewardFunction(config.evaluate.gold, what="gold function")
+    chat = ChatFormat(load_tokenizer(config.base))
+    assert chat.eos_token_id >= 0  # reading it is the check
+    load_instructions(config.data, chat, config.sft.max_length)
+    if config.trains_reward_model:
+        load_preferences(config.data, chat, config.reward.max_length)
+    prompts = load_prompts(config.data, chat, config.ppo.max_prompt_tokens)
+    rewards.probe(prompts.train)
+    if gold:
+        gold.probe(prompts.held_out)
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    try:
+        check(load_config(sys.argv[1], sys.argv[2:]))
+    except TrivetError as error:
+        if not leave_message(error):
+            print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
