@@ -17,32 +17,36 @@ from pathlib import Path
 from pipeline import errors
 from pipeline.config_file import LoadedConfig, load_config
 from pipeline.errors import ConfigError, TrivetError
+from pipeline.run_directory import STAGES, RunDirectory
 from stages.command import leave_message
-from stages.launch import ERROR_FILE_VARIABLE, child_environment
+from stages.inputs import find_current
+from stages.launch import ERROR_FILE_VARIABLE, child_environment, supervised
 
 
 def require_good_input(loaded: LoadedConfig) -> None:
-    """Check the input of all stages in another process.
+    """Check the input of all stages in another process, unless there is nothing left to run.
 
     Raises:
         TrivetError: what `check` raises there.
     """
+    run = RunDirectory(loaded.config.run_dir)
+    wanted = [stage for stage in STAGES if stage != "reward" or loaded.config.trains_reward_model]
+    if all(find_current(stage, loaded, run)[0] is not None for stage in wanted):
+        return
     with tempfile.TemporaryDirectory(prefix="trivet-") as scratch:
         message = Path(scratch) / "error.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "stages.preflight", str(loaded.path.resolve()), *loaded.overrides],
-            env=child_environment(loaded.config.launch) | {ERROR_FILE_VARIABLE: str(message)},
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        if done.returncode == 0:
+        command = [sys.executable, "-m", "stages.preflight", str(loaded.path.resolve()), *loaded.overrides]
+        environment = child_environment(loaded.config.launch) | {ERROR_FILE_VARIABLE: str(message)}
+        with supervised(command, environment, output=subprocess.PIPE, error=subprocess.STDOUT) as process:
+            output, _ = process.communicate()
+        if process.returncode == 0:
             return
         if not message.exists():
-            raise TrivetError(f"the check of the input ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-        said = json.loads(message.read_text(encoding="utf-8"))
-    kind = getattr(errors, said["kind"], TrivetError)
-    raise kind(said["problem"], where=said["where"], remedy=said["remedy"])
+            said = output.decode(errors="replace")[-2000:]
+            raise TrivetError(f"the check of the input ended with exit code {process.returncode}:\n{said}")
+        found = json.loads(message.read_text(encoding="utf-8"))
+    kind = getattr(errors, found["kind"], TrivetError)
+    raise kind(found["problem"], where=found["where"], remedy=found["remedy"])
 
 
 def check(loaded: LoadedConfig) -> None:

@@ -65,21 +65,29 @@ def test_a_misspelt_option_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_shows_settings_batches_and_plan(tmp_path: Path) -> None:
-    result = trivet("run", light_config(tmp_path), "ppo.kl.coefficient=0.2", "--dry-run")
+    result = trivet("run", tiny_config(tmp_path).path, "ppo.kl.coefficient=0.2", "--dry-run")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert any(line.split() == ["ppo.kl.coefficient", "0.2", "override"] for line in lines)
-    assert any(line.startswith("ppo: a round samples 64 responses") for line in lines)
-    assert [line.partition(":")[0] for line in lines[-4:]] == ["sft", "reward", "ppo", "evaluate"]
-    assert lines[-4] == "sft: would run; not run yet."
+    assert any(line.startswith("ppo: a round samples 8 responses") for line in lines)
+    assert [line.partition(":")[0] for line in lines[-5:-1]] == ["sft", "reward", "ppo", "evaluate"]
+    assert lines[-5] == "sft: would run; not run yet."
+    assert lines[-1].startswith("The input of all stages is good")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_what_a_later_stage_would_fail_at(tmp_path: Path) -> None:
+    result = trivet("run", tiny_config(tmp_path).path, "evaluate.gold=nope.py:f", "--dry-run")
+    assert result.exit_code == 2
+    assert "nope.py" in result.stderr
 
 
 def test_without_a_reward_model_there_is_no_reward_stage(tmp_path: Path) -> None:
     path = light_config(tmp_path, ppo={"rewards": [{"function": "judge.py:score"}]})
     (tmp_path / "judge.py").write_text("def score(prompts, completions): return [0.0] * len(prompts)\n")
     result = trivet("run", path, "data.preferences.sources=[]", "--dry-run")
-    assert [line.partition(":")[0] for line in result.stdout.splitlines()[-3:]] == ["sft", "ppo", "evaluate"]
+    plan = [line.partition(":")[0] for line in result.stdout.splitlines() if ": would run" in line]
+    assert plan == ["sft", "ppo", "evaluate"]
 
 
 def test_a_finished_stage_is_not_launched(tmp_path: Path) -> None:
@@ -133,7 +141,7 @@ def test_bad_rows_are_named_by_data(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m flows.cli run {light_config(tmp_path)} --dry-run | head -n 1"
+    command = f"{sys.executable} -m flows.cli run {tiny_config(tmp_path).path} --dry-run | head -n 1"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == 1

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from finished_stages import METRICS, light_config, publish_all
 from rich.console import Console
+from tiny_models import tiny_config
 
 from flows.display import Display, RunLogHandler, current_display, showing
 from flows.summary import figures_of, key_figures, show_summary, write_summary
@@ -121,13 +122,13 @@ assert "torch" not in sys.modules
 @linux_only
 def test_a_run_that_is_ended_leaves_no_process(tmp_path: Path, cache: Path) -> None:
     """SFT waits for its data for ever, which is as good a moment as any."""
-    path = light_config(tmp_path)
+    path = tiny_config(tmp_path).path
     (tmp_path / "slow.py").write_text(
-        "import os, pathlib, time\n"
+        "import os, time\n"
         "def rows():\n"
-        "    pathlib.Path(__file__).with_name('reached').touch()\n"
-        "    if os.environ.get('TRIVET_ERROR_FILE'): time.sleep(600)\n"
+        "    if os.environ.get('TRIVET_PROGRESS'): time.sleep(600)\n"  # as in a stage, and in no other process
         "    yield {'prompt': 'p', 'completion': 'c'}\n"
+        "    yield {'prompt': 'q', 'completion': 'c'}\n"
     )
     command = [
         sys.executable,
