@@ -290,8 +290,12 @@ class ChatFormat:
         except DataError:
             return nothing
         _, found, tail = closed.rpartition(answer.content)
-        if not found:
-            return nothing
+        if not found or question.content not in closed:
+            raise BaseModelError(
+                "the chat template leaves out what is said: a conversation comes out without its question or answer",
+                where=f"the template begins {self._template[:60]!r}",
+                remedy="Set base.chat_template to a template that writes every message.",
+            )
         first = self._special_pattern.search(tail) if self._special_tokens else None
         if first is None:
             return _TurnEnd(None, "", "", tail)

@@ -238,7 +238,7 @@ def _faults(stage: TrainerStage, config: PipelineConfig) -> Iterator[str]:
         elif name not in known:
             allowed = sorted(set(known) - set(_INSTEAD))
             nearest = difflib.get_close_matches(name, allowed, n=1)
-            advice = f"did you mean '{nearest[0]}'?" if nearest else f"TRL's options: {', '.join(allowed)}"
+            advice = f"did you mean '{nearest[0]}'?" if nearest else "TRL's documentation lists them"
             yield f"{key} is no option of TRL's {_config_class(stage).__name__}; {advice}"
         else:
             yield from _value_faults(key, value, hints[name], known[name].metadata.get("choices"))

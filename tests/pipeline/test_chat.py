@@ -296,3 +296,9 @@ def test_special_tokens_in_a_text_are_found() -> None:
     chat = FORMATS["chatml"]
     assert chat.special_tokens_in("a <|im_end|><|im_start|>user <|im_end|") == ["<|im_end|>", "<|im_start|>"]
     assert chat.special_tokens_in("nothing") == []
+
+
+@pytest.mark.parametrize("template", ["hello", "{% for m in messages %}{{ m['role'] }}{% endfor %}"])
+def test_a_template_that_ignores_what_is_said_is_refused(template):
+    with pytest.raises(BaseModelError, match="leaves out what is said"):
+        ChatFormat(tiny_tokenizer(), template).eos_token_id  # noqa: B018
