@@ -167,9 +167,9 @@ def _load(config: Path, overrides: list[str] | None) -> LoadedConfig:
 
 
 def _stages(loaded: LoadedConfig) -> tuple[StageName, ...]:
-    from pipeline.run_directory import STAGES
+    from stages.inputs import stages_of
 
-    return tuple(stage for stage in STAGES if stage != "reward" or loaded.config.trains_reward_model)
+    return stages_of(loaded.config)
 
 
 def _print_plan(loaded: LoadedConfig, stages: tuple[StageName, ...], *, force: bool) -> None:

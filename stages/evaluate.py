@@ -130,7 +130,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         "response": {name: describe(found) for name, found in answers.items()},
     }
     if reward_manifest is not None:
-        metrics["reward_accuracy"] = read_manifest(run.stage("reward")).metrics["held_out_accuracy"]
+        metrics["reward_accuracy"] = reward_manifest.metrics["held_out_accuracy"]
     rows = side_by_side(prompts, answers, scores)
 
     def save(folder: Path) -> None:

@@ -12,10 +12,15 @@ from pipeline.config_file import LoadedConfig
 from pipeline.datasets import fingerprint
 from pipeline.errors import ArtifactError
 from pipeline.functions import function_digest
-from pipeline.run_directory import RunDirectory, StageName
+from pipeline.run_directory import STAGES, RunDirectory, StageName
 
 _NOT_IN_THE_RESULT = {"log_every", "checkpoint_every", "keep_last"}
 """Settings that change what a stage prints or keeps on the way, not what comes out."""
+
+
+def stages_of(config: PipelineConfig) -> tuple[StageName, ...]:
+    """The stages that a whole run of this config has, in order."""
+    return tuple(stage for stage in STAGES if stage != "reward" or config.trains_reward_model)
 
 
 def parents_of(stage: StageName, config: PipelineConfig) -> tuple[StageName, ...]:

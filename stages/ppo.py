@@ -35,7 +35,7 @@ from pipeline.datasets import load_prompts
 from pipeline.distributed import World, seed_everything
 from pipeline.errors import ConfigError, DivergenceError, RewardFunctionError, StartupGateError
 from pipeline.generation import derive_seed
-from pipeline.kl import AdaptiveKL, FixedKL
+from pipeline.kl import AdaptiveKL, FixedKL, KLController
 from pipeline.metrics import MetricsWriter
 from pipeline.progress import progress
 from pipeline.records import Prompt
@@ -223,7 +223,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, ppo: PPOSettings, itera
         group["lr"] = group["peak"] * factor[ppo.lr_schedule]
 
 
-def make_controller(ppo: PPOSettings) -> FixedKL | AdaptiveKL:
+def make_controller(ppo: PPOSettings) -> KLController:
     """The configured KL controller."""
     if ppo.kl.controller == "fixed":
         return FixedKL(ppo.kl.coefficient)

@@ -17,9 +17,9 @@ from pathlib import Path
 from pipeline import errors
 from pipeline.config_file import LoadedConfig, load_config
 from pipeline.errors import ConfigError, TrivetError
-from pipeline.run_directory import STAGES, RunDirectory
+from pipeline.run_directory import RunDirectory
 from stages.command import leave_message
-from stages.inputs import find_current
+from stages.inputs import find_current, stages_of
 from stages.launch import ERROR_FILE_VARIABLE, child_environment, supervised
 
 
@@ -30,8 +30,7 @@ def require_good_input(loaded: LoadedConfig) -> None:
         TrivetError: what `check` raises there.
     """
     run = RunDirectory(loaded.config.run_dir)
-    wanted = [stage for stage in STAGES if stage != "reward" or loaded.config.trains_reward_model]
-    if all(find_current(stage, loaded, run)[0] is not None for stage in wanted):
+    if all(find_current(stage, loaded, run)[0] is not None for stage in stages_of(loaded.config)):
         return
     with tempfile.TemporaryDirectory(prefix="trivet-") as scratch:
         message = Path(scratch) / "error.json"
