@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny_models import tiny_config
 from tiny_ppo import prompts, record_gradients, sharp_base, tiny_round
 from torch import Tensor
 
+from pipeline.config_file import load_config
 from pipeline.distributed import World
 from pipeline.errors import DivergenceError
 from pipeline.generation import Response
@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
         world.wait()
 
     # Whole stages; the parents lie ready.
-    loaded = tiny_config(folder / "stage", *SETTINGS)
+    loaded = load_config(folder / "stage" / "tiny.yaml", SETTINGS)
     run = RunDirectory.open(loaded)
     seeds = []
     own = ppo.collect
