@@ -14,29 +14,35 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from stages.interruption import EXIT_INTERRUPTED, StoppedInOrder
+
 if TYPE_CHECKING:
     from flows.display import Display
     from pipeline.config_file import LoadedConfig
     from pipeline.run_directory import StageName
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_ENDED_AT_ONCE = 130
 
 
 class _Commands(typer.core.TyperGroup):
     """Shows errors that a user can put right without a traceback."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        from pipeline.errors import TrivetError
+        from pipeline.errors import StageInterruptedError, TrivetError
 
         try:
             return super().invoke(ctx)
         except TrivetError as error:
             _print_error(error)
-            raise typer.Exit(EXIT_USER_ERROR) from None
+            stopped = isinstance(error, StageInterruptedError)
+            raise typer.Exit(EXIT_INTERRUPTED if stopped else EXIT_USER_ERROR) from None
+        except StoppedInOrder:
+            print("Stopped in order. The same command goes on where this one stopped.", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         except KeyboardInterrupt:
             print("Interrupted. The same command goes on where this one stopped.", file=sys.stderr)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            raise typer.Exit(EXIT_ENDED_AT_ONCE) from None
 
 
 app = typer.Typer(

@@ -71,3 +71,7 @@ class DivergenceError(TrivetError, ArithmeticError):
 
 class StageFailedError(TrivetError, RuntimeError):
     """A stage's process ended with an error; the message holds the last lines of its log."""
+
+
+class StageInterruptedError(StageFailedError):
+    """A stage was asked to stop and did, where the same command can go on."""

@@ -1,4 +1,4 @@
-"""Peak memory of this process: on the GPU where one is in use, else in main memory.
+"""Peak memory of this process, on the GPU where one is in use, else in main memory; and what running out looks like.
 
 Never imports torch by itself: a process that has not imported it uses no GPU.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
 def peak_memory_bytes() -> int:
@@ -37,6 +38,16 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory: CUDA's own error, or what its CPU allocator says."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+    )
 
 
 def _cuda_peak() -> int:

@@ -3,7 +3,7 @@
     accelerate launch -m stages.sft CONFIG [key=value ...] [--force] [--dry-run]
 
 A finished stage whose inputs have not changed is not run again. Exit codes: 0 done or nothing to do,
-1 a fault in the program, 2 something the user can put right, 130 interrupted.
+1 a fault in the program, 2 something the user can put right, 75 asked to stop: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import contextlib
 import faulthandler
 import json
 import os
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from pipeline.artifacts import Manifest
 from pipeline.config_file import LoadedConfig, load_config
-from pipeline.errors import TrivetError
+from pipeline.errors import StageInterruptedError, TrivetError
 from pipeline.memory import megabytes
 from pipeline.progress import duration, is_main_process
 from pipeline.run_directory import RunDirectory, StageName
+from stages import interruption
 from stages.inputs import find_current, parents_of
+from stages.interruption import EXIT_INTERRUPTED, Interrupted
 from stages.launch import ERROR_FILE_VARIABLE, QUIET_ENVIRONMENT
 
 Run = Callable[[LoadedConfig, RunDirectory], Manifest]
@@ -48,8 +48,7 @@ def stage_main(stage: StageName, run: Run, argv: Sequence[str] | None = None) ->
     arguments = _parser(stage).parse_intermixed_args(argv)
     _quiet()
     faulthandler.enable()
-    # Leave the folder clean: a default SIGTERM would skip every `finally`.
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    interruption.install()
     try:
         loaded = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
@@ -60,8 +59,11 @@ def stage_main(stage: StageName, run: Run, argv: Sequence[str] | None = None) ->
         if not leave_message(error):
             print(error, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Interrupted:
+        stopped = StageInterruptedError(f"{stage}: stopped as asked", remedy="The same command goes on from there.")
+        leave_message(stopped)
+        _say(str(stopped))
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         leave_message(error)
         traceback.print_exc()
@@ -144,7 +146,3 @@ def leave_message(error: Exception) -> bool:
     with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
         json.dump(message, file)
     return True
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)

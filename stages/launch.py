@@ -31,10 +31,11 @@ import yaml
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.config import LaunchSettings
 from pipeline.config_file import LoadedConfig
-from pipeline.errors import StageFailedError
+from pipeline.errors import StageFailedError, StageInterruptedError
 from pipeline.progress import FORMAT_VARIABLE, ProgressUpdate, parse_machine_line
 from pipeline.run_directory import RunDirectory, StageName
 from stages.inputs import find_current
+from stages.interruption import StoppedInOrder
 
 ERROR_FILE_VARIABLE = "TRIVET_ERROR_FILE"
 """Environment variable: where a stage that fails says why, as JSON."""
@@ -50,7 +51,8 @@ QUIET_ENVIRONMENT = {
 """Keeps the libraries below a stage from sending and printing what nobody asked for; a user's values win."""
 
 _LAST_LINES = 30
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 20.0
+"""For a stage to finish what it is at and write a checkpoint."""
 _SECONDS_BETWEEN_FOREIGN_BARS = 15.0
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
 _SUPERVISOR = Path(__file__).resolve().with_name("supervisor.py")
@@ -148,7 +150,8 @@ def launch_stage(
 ) -> None:
     """Run a stage to its end in processes of its own.
 
-    Whatever ends this process, be it an error, a signal or SIGKILL, ends the stage's whole process tree.
+    Whatever ends this process, be it an error, a signal or SIGKILL, ends the stage's whole process tree; where there
+    is time for it the stage writes a checkpoint first.
 
     Args:
         stage: which one.
@@ -163,6 +166,8 @@ def launch_stage(
 
     Raises:
         StageFailedError: the stage did not end well; holds what it said and the last lines of its log.
+        StageInterruptedError: the stage was asked to stop, by a signal of its own.
+        StoppedInOrder: this process was asked to end, and the stage has stopped where it can go on.
     """
     log_path = Path(log_path)
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,11 +194,16 @@ def launch_stage(
         environment = child_environment(launch) | {ERROR_FILE_VARIABLE: str(error_path), FORMAT_VARIABLE: "json"}
         started = datetime.now(UTC).isoformat(timespec="seconds")
         log.write(f"--- {started} {stage} {' '.join(arguments)} ({_processes(launch)} process(es))\n")
-        code = _run_supervised(command, environment, log, keep, on_progress)
+        try:
+            code = _run_supervised(command, environment, log, keep, on_progress)
+        except (KeyboardInterrupt, SystemExit):
+            if _told(error_path).get("kind") == StageInterruptedError.__name__:
+                raise StoppedInOrder from None
+            raise
         if code != 0 or error_path.exists():
             killed = _was_killed(code, launcher_report)
             failure = _failure(stage, code, error_path, last_lines, log_path, killed=killed)
-            log.write(f"{failure.summary}\n")
+            log.write(f"{failure.summary if isinstance(failure, StageProcessError) else failure}\n")
             raise failure
 
 
@@ -328,15 +338,27 @@ def _run_supervised(
         assert process.stdout is not None
         # The end of this stream means that no process of the stage is left.
         with io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace") as lines:
-            for line in _without_foreign_bars(lines):
-                update, rest = parse_machine_line(line)
-                if update is not None:
-                    on_progress(update)
-                if text := _ESCAPES.sub("", rest).rstrip():
-                    log.write(text + "\n")
-                    log.flush()
-                    on_line(text)
+            try:
+                _pass_on(lines, log, on_line, on_progress)
+            except BaseException:
+                # The stage may still write a checkpoint, and says so. A second interruption ends it at once.
+                process.terminate()
+                _pass_on(lines, log, on_line, on_progress)
+                raise
         return process.wait()
+
+
+def _pass_on(
+    lines: Iterable[str], log: TextIO, on_line: Callable[[str], None], on_progress: Callable[[ProgressUpdate], None]
+) -> None:
+    for line in _without_foreign_bars(lines):
+        update, rest = parse_machine_line(line)
+        if update is not None:
+            on_progress(update)
+        if text := _ESCAPES.sub("", rest).rstrip():
+            log.write(text + "\n")
+            log.flush()
+            on_line(text)
 
 
 def _without_foreign_bars(lines: Iterable[str]) -> Iterator[str]:
@@ -391,16 +413,23 @@ def _was_killed(code: int, launcher_report: Sequence[str]) -> bool:
     return code == 128 + signal.SIGKILL or re.search(r"exitcode\s*: -9\b", root_cause) is not None
 
 
+def _told(error_path: Path) -> dict[str, Any]:
+    """What the stage said of its end; empty where it said nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        told: dict[str, Any] = json.loads(error_path.read_text(encoding="utf-8"))
+        return told
+    return {}
+
+
 def _failure(
     stage: StageName, code: int, error_path: Path, last_lines: Sequence[str], log_path: Path, *, killed: bool
-) -> StageProcessError:
-    try:
-        told = json.loads(error_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        told = None
+) -> StageFailedError:
+    told = _told(error_path)
     whole_log = f"The whole log: {log_path}"
     # Where one of several processes was killed, what the others say is only that they miss it.
-    if told is not None and not killed:
+    if told and not killed:
+        if told["kind"] == StageInterruptedError.__name__:
+            return StageInterruptedError(told["problem"], where=told["where"], remedy=told["remedy"])
         out_of_memory = told["kind"] in ("OutOfMemoryError", "MemoryError")
         return StageProcessError(
             f"the {stage} stage failed: {told['problem']}",

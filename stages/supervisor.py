@@ -4,8 +4,9 @@
 
 LIFELINE is the reading end of a pipe whose writing end the parent holds: the kernel closes it however the
 parent died, SIGKILL included. On that, on SIGTERM, SIGINT or SIGHUP, or when the command itself is gone,
-every descendant gets SIGTERM and, GRACE seconds later, SIGKILL. Descendants that opened sessions of their
-own, as torchrun's workers do, are found too: on Linux the supervisor adopts whatever its children orphan.
+every descendant gets SIGTERM and, GRACE seconds later or at a second signal, SIGKILL. Descendants that opened
+sessions of their own, as torchrun's workers do, are found too: on Linux the supervisor adopts whatever its
+children orphan.
 
 Standard library only, so that it starts at once.
 """
@@ -39,6 +40,7 @@ class Supervisor:
         self._lifeline, self._grace, self._command = lifeline, grace, command
         self._child: subprocess.Popen[bytes] | None = None
         self._status: int | None = None
+        self._signals = 0
         self._stop = False
 
     def run(self) -> int:
@@ -65,7 +67,10 @@ class Supervisor:
         return code if code >= 0 else 128 - code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
         self._stop = True
+        if self._signals > 1:
+            self._grace = 0.0
 
     def _reap(self) -> None:
         while True:

@@ -19,7 +19,9 @@ from pipeline.artifacts import Manifest
 from pipeline.config_file import LoadedConfig, load_config
 from pipeline.errors import DataError
 from pipeline.run_directory import RunDirectory
+from stages import interruption
 from stages.command import plan, stage_main
+from stages.interruption import Interrupted
 from stages.launch import ERROR_FILE_VARIABLE, QUIET_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -31,10 +33,13 @@ def _process_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (ERROR_FILE_VARIABLE, "RANK", "LOCAL_RANK", *QUIET_ENVIRONMENT):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    before, enabled = signal.getsignal(signal.SIGTERM), faulthandler.is_enabled()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    enabled = faulthandler.is_enabled()
     with warnings.catch_warnings():
         yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    interruption.withdraw()
     if not enabled:
         faulthandler.disable()
 
@@ -166,11 +171,17 @@ def test_a_fault_of_the_program_keeps_its_traceback(
     assert json.loads(told.read_text())["problem"] == "KeyError: 'absent'"
 
 
-def test_an_interruption_has_its_own_exit_code(tmp_path: Path) -> None:
+def test_an_interruption_has_its_own_exit_code(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stage(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
-        raise KeyboardInterrupt
+        raise Interrupted
 
-    assert main(stage, light_config(tmp_path)) == 130
+    told = tmp_path / "error.json"
+    monkeypatch.setenv(ERROR_FILE_VARIABLE, str(told))
+    assert main(stage, light_config(tmp_path)) == 75
+    assert "The same command goes on from there." in capfd.readouterr().out
+    assert json.loads(told.read_text())["kind"] == "StageInterruptedError"
 
 
 def test_only_the_main_process_speaks(
@@ -200,5 +211,5 @@ stage_main("sft", run, [{str(path)!r}])
     run = tmp_path / "run"
     assert [entry.name for entry in run.iterdir() if entry.name.startswith(".sft-")]
     process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(60) == 75
     assert not [entry.name for entry in run.iterdir() if entry.name.startswith(".sft-")]

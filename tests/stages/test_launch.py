@@ -16,11 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from finished_stages import light_config
 
 from pipeline.config import LaunchSettings
-from pipeline.errors import StageFailedError
+from pipeline.errors import StageFailedError, StageInterruptedError
 from pipeline.progress import ProgressUpdate
 from stages import launch as module
+from stages.interruption import StoppedInOrder
 from stages.launch import StageProcessError, available_cores, child_environment, launch_stage, supervised
 
 ROOT = Path(__file__).parents[2]
@@ -354,3 +356,56 @@ def test_asked_to_stop_the_command_may_clean_up() -> None:
         process.terminate()
         assert process.stdout.read() == b"tidy\n"
         assert process.wait(60) == 0
+
+
+def test_a_second_signal_leaves_no_time_to_clean_up() -> None:
+    stubborn = "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))\n"
+    command = [sys.executable, "-c", f"{stubborn}print('up', flush=True)\nwhile True: time.sleep(1)"]
+    with supervised(command, os.environ, output=subprocess.PIPE, error=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        process.terminate()
+        assert process.stdout.readline() == b"asked\n"
+        process.terminate()
+        assert process.wait(10) == 128 + signal.SIGKILL
+
+
+# ---- a stage that is asked to stop
+
+STOPS = """
+import time
+from stages.command import stage_main
+from stages.interruption import Interrupted, deferred, requested
+def run(loaded, run):
+    with deferred():
+        print("started", flush=True)
+        while not requested():
+            time.sleep(0.05)
+        print("checkpoint written", flush=True)
+        raise Interrupted
+stage_main("sft", run)
+"""
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit])
+def test_a_stage_may_write_a_checkpoint_when_the_parent_is_asked_to_end(
+    tmp_path: Path, stage_module: Callable[[str], str], ending: type[BaseException]
+) -> None:
+    seen: list[str] = []
+
+    def on_line(line: str) -> None:
+        seen.append(line)
+        if line == "started":
+            raise ending
+
+    with pytest.raises(StoppedInOrder):
+        start(tmp_path, stage_module(STOPS), config=light_config(tmp_path), overrides=[], on_line=on_line)
+    assert "checkpoint written" in seen
+
+
+def test_a_stage_that_was_asked_to_stop_by_itself_says_so(tmp_path: Path, stage_module: Callable[[str], str]) -> None:
+    stopped = STOPS.replace('print("started", flush=True)', "import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    seen = start(tmp_path, stage_module(stopped), config=light_config(tmp_path), overrides=[])
+    assert isinstance(seen.error, StageInterruptedError)
+    assert str(seen.error) == "sft: stopped as asked\n  -> The same command goes on from there."
+    assert str(seen.error) in seen.log

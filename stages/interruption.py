@@ -1,0 +1,82 @@
+"""SIGTERM and SIGINT in a stage: the first asks it to stop where it loses nothing, a second ends it at once.
+
+A loop runs inside `with deferred():`. There a signal only leaves a note; the loop asks `requested()` where its state
+is whole, writes a checkpoint and raises `Interrupted`. Elsewhere, while a model is loaded say, a signal raises
+`Interrupted` by itself. The stage then exits with `EXIT_INTERRUPTED`, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_INTERRUPTED = 75
+"""The exit code of a stage that was asked to stop and can go on; sysexits(3) calls it EX_TEMPFAIL."""
+
+_SECONDS_OF_ONE_REQUEST = 1.0
+"""Signals so close together are one request: torchrun and the supervisor both pass theirs on."""
+
+_asked_at: float | None = None
+_deferring = 0
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """The stage stops because it was asked to; what a later start needs is on the disk."""
+
+
+class StoppedInOrder(KeyboardInterrupt):
+    """This program was asked to end while a stage ran, and the stage has stopped where it can go on."""
+
+
+def install() -> None:
+    """Handle SIGTERM and SIGINT of this process as the module says. Call it in the main thread."""
+    withdraw()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """A block that stops only where it asks itself; a request that came too late for that counts at its end.
+
+    Raises:
+        Interrupted: at the end of a block that went well, where a request has come meanwhile.
+    """
+    global _deferring
+    _deferring += 1
+    try:
+        yield
+    finally:
+        _deferring -= 1
+    if requested() and not _deferring:
+        raise Interrupted
+
+
+def requested() -> bool:
+    """Whether this process was asked to stop. With several processes, let `World.maximum` agree on the answer."""
+    return _asked_at is not None
+
+
+def request() -> None:
+    """Ask this process to stop, as a signal does in a `deferred` block."""
+    global _asked_at
+    _asked_at = time.monotonic()
+
+
+def withdraw() -> None:
+    """Forget that this process was asked to stop."""
+    global _asked_at
+    _asked_at = None
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _asked_at is None:
+        request()
+        if not _deferring:
+            raise Interrupted
+    elif time.monotonic() - _asked_at > _SECONDS_OF_ONE_REQUEST:
+        os._exit(128 + number)
