@@ -1,11 +1,13 @@
 """The manifest of a finished stage, `trivet.json`: written once, verified on every load.
 
 It says what the stage was made from (base, tokenizer, template, parents, data, settings, code) and holds
-the digest of every file beside it, so that an edited, torn or foreign adapter is noticed before it is used.
+the digest of every file beside it and of its own content, so that an edited, torn or foreign adapter, or a figure
+that somebody improved, is noticed before it is used. The digests guard against accidents, not against forgers.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,11 +15,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from pipeline.errors import ArtifactError, IncompatibleAdapterError
 from pipeline.run_directory import read_json, write_json
 
 MANIFEST = "trivet.json"
 MANIFEST_VERSION = 1
+_CHECKSUM = "checksum"
 
 
 @dataclass(frozen=True)
@@ -85,49 +90,91 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_files(folder: Path) -> dict[str, str]:
-    """The digest of every file in a folder, but for the manifest, by its path relative to the folder."""
-    return {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON-able content with its own checksum in it."""
+    # As it will be read: JSON makes lists of tuples and texts of keys.
+    plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
+    return plain | {_CHECKSUM: digest(plain)}
+
+
+def unseal(content: Mapping[str, Any], where: Path, remedy: str) -> dict[str, Any]:
+    """The content without its checksum, which must be right.
+
+    Raises:
+        ArtifactError: it has none, or was edited.
+    """
+    plain = dict(content)
+    checksum = plain.pop(_CHECKSUM, None)
+    if checksum is None:
+        raise ArtifactError("it has no checksum: an older trivet wrote it", where=str(where), remedy=remedy)
+    if checksum != digest(plain):
+        raise ArtifactError("its content was edited: the checksum does not fit", where=str(where), remedy=remedy)
+    return plain
+
+
+def folder_files(folder: Path, besides: str = MANIFEST) -> dict[str, str]:
+    """The digest of every file in a folder, but for one, by its path relative to the folder.
+
+    Raises:
+        ArtifactError: there is a link, which may lead anywhere.
+    """
+    files: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise ArtifactError(
+                "there is a link where a file of the stage should be",
+                where=str(path),
+                remedy="Put the file itself there, or run the stage again.",
+            )
+        if path.is_file() and path != folder / besides:
+            files[path.relative_to(folder).as_posix()] = file_digest(path)
+    return files
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest into the stage's folder. Its other files must be complete."""
-    write_json(folder / MANIFEST, asdict(manifest))
+    write_json(folder / MANIFEST, seal(asdict(manifest)))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a stage's manifest and verify every file against it.
+    """Read a stage's manifest and verify it and every file against it.
 
     Raises:
-        ArtifactError: the stage is absent, was written by a newer version, or a file is missing, added
-            or differs from its digest.
+        ArtifactError: the stage is absent, was written by a newer version, its manifest was edited, or a file is
+            missing, added or differs from its digest.
     """
     path = folder / MANIFEST
     try:
         content = read_json(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(
             "there is no finished stage here", where=str(folder), remedy="Run the stage first: trivet run CONFIG."
         ) from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"the manifest cannot be read: {error}", where=str(path), remedy=_again(folder)) from None
-    if content.get("manifest_version", 0) > MANIFEST_VERSION:
+    version = content.get("manifest_version")
+    if isinstance(version, int) and version > MANIFEST_VERSION:
         raise ArtifactError(
             f"the manifest was written by a newer trivet ({content.get('code_version')})",
             where=str(path),
             remedy="Upgrade trivet.",
         )
+    content = unseal(content, path, _again(folder))
     try:
-        base = BaseIdentity(**content.pop("base"))
-        manifest = Manifest(base=base, **content)
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"the manifest is not complete: {error}", where=str(path), remedy=_again(folder)) from None
+        manifest = _manifest_type().validate_python(content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise ArtifactError(
+            f"the manifest is not complete: {place}: {fault['msg']}", where=str(path), remedy=_again(folder)
+        ) from None
     _verify_files(folder, manifest)
     return manifest
+
+
+@functools.cache
+def _manifest_type() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
 
 
 def _verify_files(folder: Path, manifest: Manifest) -> None:

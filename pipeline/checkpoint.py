@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.artifacts import file_digest
+from pipeline.artifacts import folder_files, seal, unseal
+from pipeline.disk import writing
 from pipeline.run_directory import read_json, write_json
 
 STATE = "state.json"
@@ -53,22 +54,19 @@ class CheckpointFolder:
             state: JSON-able counters and controller states.
             write: writes the tensors into the folder that it is given.
         """
-        self._root.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._root))
-        try:
-            write(draft)
-            files = {
-                path.relative_to(draft).as_posix(): file_digest(path)
-                for path in sorted(draft.rglob("*"))
-                if path.is_file()
-            }
-            content = {"inputs_digest": self._inputs_digest, "step": step, "files": files, "state": dict(state)}
-            write_json(draft / STATE, content)
-            target = self._root / f"{step:08d}"
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(draft, target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with writing(self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._root))
+            try:
+                write(draft)
+                files = folder_files(draft)
+                content = {"inputs_digest": self._inputs_digest, "step": step, "files": files, "state": dict(state)}
+                write_json(draft / STATE, seal(content))
+                target = self._root / f"{step:08d}"
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(draft, target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
         # A later step is not this run's: it was passed over, and would push out what is written now.
         later = [path for path in self._folders() if int(path.name) > step]
         earlier = [path for path in self._folders() if int(path.name) <= step]
@@ -83,14 +81,15 @@ class CheckpointFolder:
         """
         for folder in self._folders():
             try:
-                content = read_json(folder / STATE)
+                content = unseal(read_json(folder / STATE), folder / STATE, "")
                 if content["inputs_digest"] != self._inputs_digest:
                     warn(f"checkpoint {folder.name} was made from other data or settings; it is not used")
                     continue
-                torn = [name for name, expected in content["files"].items() if file_digest(folder / name) != expected]
+                found = folder_files(folder, besides=STATE)
+                torn = sorted(set(found.items()) ^ set(content["files"].items()))
                 if not torn:
                     return Checkpoint(folder, int(content["step"]), content["state"])
-                warn(f"checkpoint {folder.name} is damaged ({torn[0]}); the one before it is used")
+                warn(f"checkpoint {folder.name} is damaged ({torn[0][0]}); the one before it is used")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 warn(f"checkpoint {folder.name} is not complete ({error}); the one before it is used")
         return None

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsFloat
+
+from pipeline.disk import writing
+from pipeline.run_directory import write_text
 
 MetricsRow = dict[str, float | None]
 
@@ -23,13 +25,17 @@ class MetricsWriter:
 
     Args:
         path: the file; its folder is made when needed. What it holds already is kept.
+
+    Raises:
+        RunDirectoryError: the disk does not take it, at any of the methods.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(self.path)
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(self.path)
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, step: int, values: Mapping[str, SupportsFloat] | None = None, /, **named: SupportsFloat) -> None:
         """Append one line. NaN and infinities, which JSON does not know, are written as null.
@@ -43,29 +49,33 @@ class MetricsWriter:
         if "step" in figures:
             raise ValueError("'step' is the line's own key; name the metric otherwise")
         row = {"step": step} | {name: _finite(value) for name, value in figures.items()}
-        # One write to a file opened for appending: lines of two writers never mix.
-        os.write(self._descriptor, (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        with writing(self.path):
+            before = os.fstat(self._descriptor).st_size
+            try:
+                # A disk that is almost full takes a part of the line before it refuses the rest.
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+            except BaseException:
+                os.ftruncate(self._descriptor, before)
+                raise
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines after a step: what an interrupted run wrote beyond the checkpoint it resumes from."""
         kept = [row for row in read_metrics(self.path) if (row["step"] or 0) <= step]
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=self.path.parent, prefix=f".{self.path.name}-", delete=False
-        ) as file:
-            file.writelines(json.dumps(_step_as_integer(row), ensure_ascii=False) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, self.path)
+        write_text(self.path, "".join(json.dumps(_step_as_integer(row), ensure_ascii=False) + "\n" for row in kept))
         os.close(self._descriptor)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND, 0o644)
 
     def close(self) -> None:
         """Bring what was written to the disk."""
         if self._descriptor >= 0:
-            os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            try:
+                with writing(self.path):
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ RUN/
   logs/STAGE.log      what the stage printed
   metrics/STAGE.jsonl a line of metrics a step
   working/STAGE/      what an unfinished stage keeps: checkpoints, samples
+  lock                held by the process that works on the run
 """
 
 from __future__ import annotations
@@ -16,19 +17,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.config_file import LoadedConfig
+from pipeline.disk import writing
 from pipeline.errors import RunDirectoryError
+from pipeline.run_lock import hold
 
 StageName = Literal["sft", "reward", "ppo", "evaluate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
 LAYOUT_VERSION = 1
 """Raised when a newer trivet lays out a run in a way that this one would misread."""
+
+_RETIRED = "-replaced"
+_SECONDS_OF_A_FILE = 60.0
+"""No file takes longer to write; a draft that is older was left behind."""
 
 
 class RunDirectory:
@@ -42,49 +50,61 @@ class RunDirectory:
         self.root = Path(root)
 
     @classmethod
-    def open(cls, loaded: LoadedConfig) -> RunDirectory:
-        """Create the run's folder, or check that an existing one belongs to this config.
+    def find(cls, loaded: LoadedConfig) -> RunDirectory:
+        """The config's run, which need not have begun. Writes nothing.
 
         Raises:
-            RunDirectoryError: it belongs to another config or base, was written by a newer version, or
-                cannot be written.
+            RunDirectoryError: the folder belongs to another config or base, or was written by a newer version.
         """
         run = cls(loaded.config.run_dir)
-        owner: dict[str, Any] = {
-            "layout_version": LAYOUT_VERSION,
-            "config_name": loaded.path.name,
-            "base_model": loaded.config.base.model,
-            "base_revision": loaded.config.base.revision,
-            "base_quantization": loaded.config.base.quantization,
-        }
-        try:
-            run.root.mkdir(parents=True, exist_ok=True)
-            run._check_owner(owner)
-            write_json(run.root / "run.json", owner)
-            write_json(run.root / "config.json", loaded.config.model_dump(mode="json"))
-        except OSError as error:
-            if isinstance(error, RunDirectoryError):
-                raise
-            raise RunDirectoryError(
-                f"cannot write to the run directory: {error.strerror}",
-                where=str(run.root),
-                remedy="Choose another folder with run_dir=..., or free space and permissions there.",
-            ) from None
+        run._check_owner(_owner(loaded))
         return run
+
+    @classmethod
+    def open(cls, loaded: LoadedConfig) -> RunDirectory:
+        """Make the run ready for work: create its folder, and put right what a killed process left there.
+
+        Raises:
+            RunDirectoryError: it belongs to another config or base, was written by a newer version, is in use by
+                another process, or cannot be written.
+        """
+        run = cls.find(loaded)
+        with writing(run.root):
+            run.root.mkdir(parents=True, exist_ok=True)
+            with run.locked("its start", warn=lambda _: None):
+                run._tidy()
+                write_json(run.root / "run.json", _owner(loaded))
+                write_json(run.root / "config.json", loaded.config.model_dump(mode="json"))
+        return run
+
+    @contextmanager
+    def locked(self, work: str, warn: Callable[[str], None]) -> Iterator[None]:
+        """Keep all other processes from working on the run during the block.
+
+        Args:
+            work: what this one does, in words that others are told.
+            warn: told where the file system knows no locks.
+
+        Raises:
+            RunDirectoryError: another process works on it; says which one.
+        """
+        with hold(self.root / "lock", work, warn):
+            yield
 
     def _check_owner(self, owner: dict[str, Any]) -> None:
         path = self.root / "run.json"
-        if not path.exists():
-            return
         try:
             found = read_json(path)
-        except ValueError:
+            version = int(found["layout_version"])
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except (OSError, ValueError, KeyError, TypeError):
             raise RunDirectoryError(
                 "run.json is not readable", where=str(path), remedy="Remove that file if the folder is this run's."
             ) from None
-        if found.get("layout_version", 0) > LAYOUT_VERSION:
+        if version > LAYOUT_VERSION:
             raise RunDirectoryError(
-                f"the run was written by a newer trivet: layout {found['layout_version']}, known: {LAYOUT_VERSION}",
+                f"the run was written by a newer trivet: layout {version}, known: {LAYOUT_VERSION}",
                 where=str(self.root),
                 remedy="Upgrade trivet, or choose another folder with run_dir=....",
             )
@@ -96,6 +116,21 @@ class RunDirectory:
                     where=str(self.root),
                     remedy="Choose another folder with run_dir=..., or move the old one away.",
                 )
+
+    def _tidy(self) -> None:
+        """Put right what killed processes left: half-made results go, and one that was being replaced comes back."""
+        for name in STAGES:
+            for left in sorted(self.root.glob(f".{name}-*")):
+                if left.name.endswith(_RETIRED) and not self.stage(name).exists():
+                    os.rename(left, self.stage(name))
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
+        for draft in self.root.glob("working/*/.draft-*"):
+            shutil.rmtree(draft, ignore_errors=True)
+        # Processes without the lock, such as a flow that writes its summary, may have files in the making.
+        for draft in [*self.root.glob(".*.json-*"), *self.root.glob("metrics/.*.jsonl-*")]:
+            if time.time() - draft.stat().st_mtime > _SECONDS_OF_A_FILE:
+                draft.unlink(missing_ok=True)
 
     def stage(self, name: StageName) -> Path:
         """Folder of the finished stage; it exists only when the stage is whole."""
@@ -124,53 +159,83 @@ class RunDirectory:
 
         An earlier result stays until the new one is complete, and is then replaced.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self.root))
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self.root))
+            try:
+                yield draft
+                _sync_tree(draft)
+                draft.chmod(0o755)
+                self._replace(self.stage(name), draft)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(self.working(name), ignore_errors=True)
+
+    def _replace(self, target: Path, draft: Path) -> None:
+        """Put a complete folder in the place of an earlier one. A kill between the renames is put right by `_tidy`."""
+        retired = draft.with_name(draft.name + _RETIRED)
         try:
-            yield draft
-            _sync_tree(draft)
-            draft.chmod(0o755)
-            target = self.stage(name)
-            retired = draft.with_name(f"{draft.name}-replaced")
             if target.exists():
                 os.rename(target, retired)
-            try:
-                os.rename(draft, target)
-            except OSError:
-                if retired.exists():
-                    os.rename(retired, target)
-                raise
-            _sync(self.root)
-            shutil.rmtree(retired, ignore_errors=True)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(self.working(name), ignore_errors=True)
+            os.rename(draft, target)
+        except BaseException:
+            if retired.exists() and not target.exists():
+                os.rename(retired, target)
+            raise
+        _sync(self.root)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _owner(loaded: LoadedConfig) -> dict[str, Any]:
+    """What a run belongs to."""
+    return {
+        "layout_version": LAYOUT_VERSION,
+        "config_name": loaded.path.name,
+        "base_model": loaded.config.base.model,
+        "base_revision": loaded.config.base.revision,
+        "base_quantization": loaded.config.base.quantization,
+    }
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
+    """Write JSON atomically: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        RunDirectoryError: the disk does not take it.
+    """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `write_json` does."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         try:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            Path(name).unlink(missing_ok=True)
             raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError where it is not one."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    """A JSON object from a file. Raises ValueError where it is not one; NaN, which JSON does not know, included."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_json)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return content
+
+
+def _not_json(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _sync(path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from pipeline.artifacts import Manifest
 from pipeline.config_file import LoadedConfig, load_config
+from pipeline.disk import writing
 from pipeline.errors import StageInterruptedError, TrivetError
 from pipeline.memory import megabytes
 from pipeline.progress import duration, is_main_process
@@ -77,7 +78,7 @@ def plan(loaded: LoadedConfig, stages: Sequence[StageName], *, force: bool) -> I
     yield ""
     yield from loaded.config.arithmetic()
     yield ""
-    run = RunDirectory(loaded.config.run_dir)
+    run = RunDirectory.find(loaded)
     will_run: list[StageName] = []
     for stage in stages:
         manifest, reason = find_current(stage, loaded, run)
@@ -101,17 +102,28 @@ def _parser(stage: StageName) -> argparse.ArgumentParser:
 
 
 def _run_unless_current(stage: StageName, run: Run, loaded: LoadedConfig, *, force: bool) -> None:
-    directory = RunDirectory.open(loaded)
-    manifest, reason = find_current(stage, loaded, directory)
-    if manifest is not None and not force:
-        _say(f"{stage}: nothing to do; {reason}.")
+    with _at_work(stage, loaded) as directory:
+        manifest, reason = find_current(stage, loaded, directory)
+        if manifest is not None and not force:
+            _say(f"{stage}: nothing to do; {reason}.")
+            return
+        _say(f"{stage}: starting; {'run again on demand' if manifest is not None else reason}.")
+        finished = run(loaded, directory)
+        _say(
+            f"{stage}: finished in {duration(finished.seconds)}, peak memory {megabytes(finished.peak_memory_bytes)},"
+            f" result in {directory.stage(stage)}."
+        )
+
+
+@contextlib.contextmanager
+def _at_work(stage: StageName, loaded: LoadedConfig) -> Iterator[RunDirectory]:
+    """The run, kept from all others by the main process of this launch."""
+    if not is_main_process():
+        yield RunDirectory.find(loaded)
         return
-    _say(f"{stage}: starting; {'run again on demand' if manifest is not None else reason}.")
-    finished = run(loaded, directory)
-    _say(
-        f"{stage}: finished in {duration(finished.seconds)}, peak memory {megabytes(finished.peak_memory_bytes)},"
-        f" result in {directory.stage(stage)}."
-    )
+    directory = RunDirectory.open(loaded)
+    with directory.locked(f"the {stage} stage", warn=_say), writing(directory.root):
+        yield directory
 
 
 def _say(line: str) -> None:

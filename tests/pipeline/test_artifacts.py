@@ -16,6 +16,7 @@ from pipeline.artifacts import (
     folder_files,
     read_manifest,
     require_same_base,
+    seal,
     write_manifest,
 )
 from pipeline.errors import ArtifactError, IncompatibleAdapterError
@@ -95,12 +96,70 @@ def test_an_added_file_is_named(stage):
     assert caught.value.where == str(stage / "value" / "notes.txt")
 
 
+def test_a_link_is_no_file_of_the_stage(stage, tmp_path):
+    (stage / "adapter.bin").rename(tmp_path / "elsewhere")
+    (stage / "adapter.bin").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="link") as caught:
+        read_manifest(stage)
+    assert caught.value.where == str(stage / "adapter.bin")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "value/../../outside", "value/./head.bin", "."])
+def test_a_manifest_names_no_file_outside_its_folder(stage, name):
+    (stage.parent / "outside").write_text("x")
+    files = folder_files(stage) | {name: "0" * 64}
+    write_manifest(stage, manifest(files=files))
+    with pytest.raises(ArtifactError, match="missing"):
+        read_manifest(stage)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metrics", {"loss": 0.1}),
+        ("reward_gain", 3.0),
+        ("seconds", 1.0),
+        ("inputs_digest", "0" * 64),
+        ("extra", {"a": 1}),
+    ],
+)
+def test_a_figure_that_was_edited_by_hand_is_noticed(stage, field, value):
+    content = json.loads((stage / MANIFEST).read_text())
+    (stage / MANIFEST).write_text(json.dumps(content | {field: value}))
+    with pytest.raises(ArtifactError, match="its content was edited") as caught:
+        read_manifest(stage)
+    assert caught.value.where == str(stage / MANIFEST) and "--force" in (caught.value.remedy or "")
+
+
+def test_a_manifest_that_is_only_laid_out_otherwise_is_the_same(stage):
+    content = json.loads((stage / MANIFEST).read_text())
+    (stage / MANIFEST).write_text(json.dumps(dict(reversed(content.items()))))
+    assert read_manifest(stage) == manifest(files=folder_files(stage))
+
+
+def test_a_manifest_of_an_older_trivet_is_to_be_made_again(stage):
+    content = json.loads((stage / MANIFEST).read_text())
+    del content["checksum"]
+    (stage / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match="no checksum: an older trivet"):
+        read_manifest(stage)
+
+
+@pytest.mark.parametrize("change", [{"files": 3}, {"files": {"a": 1}}, {"base": {}}, {"metrics": []}, {"seconds": "x"}])
+def test_a_sealed_manifest_of_another_form_is_an_error_of_ours(stage, change):
+    content = json.loads((stage / MANIFEST).read_text())
+    del content["checksum"]
+    (stage / MANIFEST).write_text(json.dumps(seal(content | change)))
+    with pytest.raises(ArtifactError, match=f"not complete: {next(iter(change))}"):
+        read_manifest(stage)
+
+
 def test_an_absent_stage_says_so(tmp_path):
     with pytest.raises(ArtifactError, match="no finished stage"):
         read_manifest(tmp_path / "sft")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"base": {}}', '{"base": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"base": 3}', '{"a": NaN}', "[" * 100_000])
 def test_a_manifest_that_is_none_is_an_error_of_ours(stage, content):
     (stage / MANIFEST).write_text(content)
     with pytest.raises(ArtifactError):

@@ -44,7 +44,9 @@ def test_none_is_none(tmp_path):
     assert latest_step(CheckpointFolder(tmp_path / "never", inputs_digest="mine", keep_last=1)) is None
 
 
-@pytest.mark.parametrize("how", ["flipped", "missing", "no state", "torn state", "state of another form"])
+@pytest.mark.parametrize(
+    "how", ["flipped", "missing", "no state", "torn state", "state of another form", "edited state", "added", "link"]
+)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder, tmp_path, how):
     newest = tmp_path / "checkpoints" / "00000006"
     if how == "flipped":
@@ -53,6 +55,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder, tmp_path
         (newest / "more" / "other.bin").unlink()
     elif how == "no state":
         (newest / STATE).unlink()
+    elif how == "edited state":
+        (newest / STATE).write_text((newest / STATE).read_text().replace("0.6", "0.7"))
+    elif how == "added":
+        (newest / "more" / "mine.bin").write_text("x")
+    elif how == "link":
+        (newest / "tensors.bin").rename(tmp_path / "elsewhere")
+        (newest / "tensors.bin").symlink_to(tmp_path / "elsewhere")
     else:
         (newest / STATE).write_text('{"inputs_digest": "mine"' if how == "torn state" else "[]")
     warned: list[str] = []

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from tiny_models import tiny_config
@@ -67,6 +72,67 @@ def test_a_rename_that_fails_puts_the_old_result_back(run, monkeypatch):
     assert (run.stage("sft") / "file").read_text() == "old"
 
 
+KILLED_BETWEEN_THE_RENAMES = """
+import os, signal, sys
+from pipeline.run_directory import RunDirectory
+run, rename = RunDirectory(sys.argv[1]), os.rename
+def renaming(source, target):
+    if target == run.stage("sft"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.rename = renaming
+with run.publish("sft") as draft:
+    (draft / "file").write_text("new")
+"""
+
+
+def test_a_result_that_a_kill_left_half_replaced_comes_back(tmp_path):
+    loaded = tiny_config(tmp_path)
+    run = RunDirectory.open(loaded)
+    publish(run, "old")
+    command = [sys.executable, "-c", KILLED_BETWEEN_THE_RENAMES, str(run.root)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not run.stage("sft").exists() and len(list(run.root.glob(".sft-*"))) == 2
+    RunDirectory.open(loaded)
+    assert (run.stage("sft") / "file").read_text() == "old"
+    assert not list(run.root.glob(".*"))
+
+
+def test_an_interruption_between_the_renames_puts_the_old_result_back(run, monkeypatch):
+    publish(run, "old")
+    rename = os.rename
+
+    def interrupted(source, target):
+        rename(source, target)
+        if str(target).endswith("-replaced"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish(run, "new")
+    assert (run.stage("sft") / "file").read_text() == "old"
+    assert [path.name for path in run.root.iterdir()] == ["sft"]
+
+
+def test_what_killed_processes_left_goes_at_the_next_start(tmp_path):
+    loaded = tiny_config(tmp_path)
+    run = RunDirectory.open(loaded)
+    publish(run, "finished")
+    whole = run.working("ppo") / "00000001"
+    left = [run.root / ".sft-abcdefgh", run.root / ".sft-abcdefgh-replaced", run.working("ppo") / ".draft-xyz"]
+    for folder in (*left, whole):
+        folder.mkdir(parents=True)
+    for name in (".config.json-old", ".summary.json-new"):
+        (run.root / name).write_text("{")
+    an_hour_ago = time.time() - 3600
+    os.utime(run.root / ".config.json-old", (an_hour_ago, an_hour_ago))
+    RunDirectory.open(loaded)
+    assert not any(folder.exists() for folder in left) and whole.exists()
+    assert (run.stage("sft") / "file").read_text() == "finished"
+    assert [path.name for path in run.root.glob(".*")] == [".summary.json-new"], "another process may be writing it"
+
+
 def test_a_run_opens_again_under_its_own_config(tmp_path):
     RunDirectory.open(tiny_config(tmp_path))
     run = RunDirectory.open(tiny_config(tmp_path, "ppo.learning_rate=0.5"))
@@ -93,9 +159,18 @@ def test_another_config_is_refused(tmp_path):
     write_json(run.root / "run.json", owner | {"layout_version": LAYOUT_VERSION + 1})
     with pytest.raises(RunDirectoryError, match="newer trivet"):
         RunDirectory.open(loaded)
-    (run.root / "run.json").write_text("{")
-    with pytest.raises(RunDirectoryError, match="not readable"):
-        RunDirectory.open(loaded)
+    for edited in ("{", "[]", "{}", '{"layout_version": "new"}', '{"layout_version": NaN}', "[" * 100_000):
+        (run.root / "run.json").write_text(edited)
+        with pytest.raises(RunDirectoryError, match="not readable"):
+            RunDirectory.open(loaded)
+
+
+def test_what_stands_in_config_json_is_for_readers_alone(tmp_path):
+    loaded = tiny_config(tmp_path)
+    run = RunDirectory.open(loaded)
+    written = read_json(run.root / "config.json")
+    (run.root / "config.json").write_text("[]")
+    assert read_json(RunDirectory.open(loaded).root / "config.json") == written
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
