@@ -26,6 +26,7 @@ BATCHING, CHECKPOINT, REWARDS = (f"tests/pipeline/test_{name}.py" for name in ("
 BASE, ARTIFACTS, RUN_DIRECTORY = (
     f"tests/pipeline/test_{name}.py" for name in ("base_model", "artifacts", "run_directory")
 )
+RUN_LOCK, DISK = (f"tests/pipeline/test_{name}.py" for name in ("run_lock", "disk"))
 PPO, GATES, EVALUATE, PROCESSES = (f"tests/stages/test_{name}.py" for name in ("ppo", "gates", "evaluate", "processes"))
 PARITY = "tests/parity/test_ppo_step.py"
 SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
@@ -729,6 +730,61 @@ TABLE = (
         "        draft = Path(tempfile.mkdtemp(",
         "        shutil.rmtree(self.stage(name), ignore_errors=True)\n        draft = Path(tempfile.mkdtemp(",
         (f"{RUN_DIRECTORY}::test_a_crash_leaves_the_old_result_and_nothing_else",),
+    ),
+    Mutation(
+        "a result that a kill left half replaced is thrown away",
+        "pipeline/run_directory.py",
+        "if left.name.endswith(_RETIRED) and not self.stage(name).exists():",
+        "if False:",
+        (f"{RUN_DIRECTORY}::test_a_result_that_a_kill_left_half_replaced_comes_back",),
+    ),
+    Mutation(
+        "two processes work on one run",
+        "pipeline/run_lock.py",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        (
+            f"{RUN_LOCK}::test_a_second_holder_is_refused_and_told_who_the_first_is",
+            "tests/stages/test_one_at_a_time.py::test_a_second_start_is_refused_before_anything_starts",
+        ),
+    ),
+    Mutation(
+        "a stage works without the lock",
+        "stages/command.py",
+        'with directory.locked(f"the {stage} stage", warn=_say), writing(directory.root):',
+        "with writing(directory.root):",
+        ("tests/stages/test_one_at_a_time.py::test_a_second_start_is_refused_before_anything_starts",),
+    ),
+    Mutation(
+        "a figure that somebody edited is believed",
+        "pipeline/artifacts.py",
+        "if checksum != digest(plain):",
+        "if False:",
+        (
+            f"{ARTIFACTS}::test_a_figure_that_was_edited_by_hand_is_noticed",
+            f"{CHECKPOINT}::test_a_damaged_checkpoint_is_passed_over_for_the_one_before",
+        ),
+    ),
+    Mutation(
+        "a link in a stage's folder is followed",
+        "pipeline/artifacts.py",
+        "if path.is_symlink():",
+        "if False:",
+        (f"{ARTIFACTS}::test_a_link_is_no_file_of_the_stage",),
+    ),
+    Mutation(
+        "half a line of metrics stays on a full disk",
+        "pipeline/metrics.py",
+        "                os.ftruncate(self._descriptor, before)\n",
+        "",
+        (f"{DISK}::test_metrics_on_a_full_disk_keep_their_whole_lines",),
+    ),
+    Mutation(
+        "safetensors may fail in its own words",
+        "pipeline/disk.py",
+        "except (OSError, SafetensorError) as failure:",
+        "except OSError as failure:",
+        (f"{DISK}::test_a_limit_on_the_size_of_files_is_told_from_a_full_disk",),
     ),
     Mutation(
         "equal policies do not get equal seeds",
