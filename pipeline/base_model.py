@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,10 +32,14 @@ from pipeline.artifacts import BaseIdentity
 from pipeline.base_source import BaseSource, locate, read_template
 from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
+from pipeline.disk import writing
 from pipeline.errors import BaseModelError
+from pipeline.run_directory import sync_tree
 
 CONVERSION_VERSION = 1
 """Raised when a GGUF conversion must be made again."""
+
+_DRAFT = ".converting-"
 
 
 @dataclass(frozen=True)
@@ -218,35 +223,47 @@ def _convert_gguf(file: Path, folder: Path) -> None:
             where=str(file),
             remedy="Install it: pip install 'trivet[gguf]'",
         ) from None
-    try:
+    with writing(folder, error=BaseModelError, elsewhere="set base.cache_dir to another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    except OSError as error:
-        raise BaseModelError(
-            f"the conversion cannot be kept: {error.strerror}", where=str(folder.parent), remedy="Set base.cache_dir."
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-                model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            except Exception as error:  # the reader fails in as many ways as a file can be broken
-                raise BaseModelError(
-                    f"the GGUF file cannot be read: {type(error).__name__}: {str(error)[:200]}",
-                    where=str(file),
-                    remedy="It may be torn, or of an architecture that transformers cannot read from GGUF.",
-                ) from error
-        # The weights are plain tensors by now; saving would refuse while the config still calls them GGUF.
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        draft.chmod(0o755)
+        _remove_old_drafts(folder.parent)
+        draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder.parent))
         try:
-            os.rename(draft, folder)
-        except OSError:
-            if not folder.exists():  # another process was first: its conversion is the same
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            model, tokenizer = _read_gguf(file)
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+            sync_tree(draft)
+            draft.chmod(0o755)
+            try:
+                os.rename(draft, folder)
+            except OSError:
+                if not folder.exists():  # another process was first: its conversion is the same
+                    raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _read_gguf(file: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a GGUF file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        except Exception as error:  # the reader fails in as many ways as a file can be broken
+            raise BaseModelError(
+                f"the GGUF file cannot be read: {type(error).__name__}: {str(error)[:200]}",
+                where=str(file),
+                remedy="It may be torn, or of an architecture that transformers cannot read from GGUF.",
+            ) from error
+    # The weights are plain tensors by now; saving would refuse while the config still calls them GGUF.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    return model, tokenizer
+
+
+def _remove_old_drafts(cache: Path) -> None:
+    """Remove what conversions that were killed left behind; one that goes on takes less than a day."""
+    for draft in cache.glob(f"{_DRAFT}*"):
+        if time.time() - draft.stat().st_mtime > 86_400:
+            shutil.rmtree(draft, ignore_errors=True)

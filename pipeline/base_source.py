@@ -12,7 +12,7 @@ from typing import Literal
 from pipeline.artifacts import digest, file_digest
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
-from pipeline.run_directory import write_json
+from pipeline.run_directory import read_json, write_json
 
 PACKAGE_PREFIX = "package:"
 
@@ -51,15 +51,41 @@ def locate(base: BaseSettings) -> BaseSource:
             where=str(path),
             remedy="Set base.model to one of them, or to a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.",
         )
+    if (path / "adapter_config.json").exists():
+        # transformers would load the base that this file names, which may be anything, in place of this folder.
+        raise BaseModelError(
+            "this is an adapter, not a base",
+            where=str(path / "adapter_config.json"),
+            remedy="Set base.model to the adapter's base, or merge the two and remove this file.",
+        )
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
+        pickled = ", ".join(sorted(file.name for file in path.glob("*.bin")))
         raise BaseModelError(
-            "the model has no *.safetensors file",
+            f"the model has no *.safetensors file{f', only {pickled}' if pickled else ''}",
             where=str(path),
             remedy="Convert it with save_pretrained(..., safe_serialization=True); pickled weights are never loaded.",
         )
+    _require_shards(path, {file.name for file in weights})
     parts = {file.name: _cached_file_digest(file, base) for file in [*weights, path / "config.json"]}
     return BaseSource("folder", path, digest(parts))
+
+
+def _require_shards(folder: Path, present: set[str]) -> None:
+    """Every file that an index of shards names is one of the folder's own."""
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(read_json(index)["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise BaseModelError(
+                f"the index of the shards cannot be read: {error}", where=str(index), remedy="Download it again."
+            ) from None
+        if absent := sorted(named - present):
+            raise BaseModelError(
+                f"the index names '{absent[0]}', which is not in the folder",
+                where=str(index),
+                remedy="Download the model again; every shard lies beside its index.",
+            )
 
 
 def _require_gguf(path: Path) -> None:

@@ -164,7 +164,7 @@ class RunDirectory:
             draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=self.root))
             try:
                 yield draft
-                _sync_tree(draft)
+                sync_tree(draft)
                 draft.chmod(0o755)
                 self._replace(self.stage(name), draft)
             finally:
@@ -246,7 +246,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     """Bring a folder's files to the disk before the rename that makes them count."""
     for path in folder.rglob("*"):
         _sync(path)

@@ -756,6 +756,20 @@ TABLE = (
         ("tests/stages/test_one_at_a_time.py::test_a_second_start_is_refused_before_anything_starts",),
     ),
     Mutation(
+        "pickled weights may be loaded",
+        "pipeline/base_model.py",
+        "            use_safetensors=True,\n",
+        "",
+        ("tests/test_architecture.py::test_a_model_is_loaded_from_safetensors_or_gguf_alone",),
+    ),
+    Mutation(
+        "an index may name shards anywhere",
+        "pipeline/base_source.py",
+        "if absent := sorted(named - present):",
+        "if absent := []:",
+        (f"{BASE}::test_a_base_that_cannot_be_used_is_named",),
+    ),
+    Mutation(
         "a figure that somebody edited is believed",
         "pipeline/artifacts.py",
         "if checksum != digest(plain):",

@@ -112,5 +112,45 @@ def test_the_supervisor_needs_the_standard_library_alone() -> None:
     assert not outside
 
 
+# What runs code that it finds in a file. `exec` has one place: the user's own functions.
+_PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+_LOADERS = {"torch.load", "torch.save", "np.load", "numpy.load", "pd.read_pickle", "pandas.read_pickle", "eval"}
+_UNSAFE_YAML = {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "yaml.Loader", "yaml.UnsafeLoader"}
+
+
+def called(path: Path) -> Iterator[tuple[str, ast.AST]]:
+    """Every dotted name that stands in a file, with its place."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            yield ast.unparse(node), node
+
+
+def test_no_pickle_is_read_or_written() -> None:
+    wrong = [f"{path.name}:{line}" for path in FILES for name, line in imports(path) if name.split(".")[0] in _PICKLES]
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            options = node.keywords if isinstance(node, ast.Call) else []
+            wrong += [f"{path.name}:{option.value.lineno}" for option in options if option.arg == "allow_pickle"]
+        forbidden = _LOADERS | _UNSAFE_YAML | (set() if path.name == "functions.py" else {"exec"})
+        wrong += [f"{path.name}:{getattr(node, 'lineno', 0)}" for name, node in called(path) if name in forbidden]
+    assert not wrong
+
+
+def test_a_model_is_loaded_from_safetensors_or_gguf_alone() -> None:
+    """Whatever reads a model's weights says so; the rest reads configs and tokenizers."""
+    seen = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
+                source = ast.unparse(node.func).removesuffix(".from_pretrained")
+                if source in ("AutoTokenizer", "LoraConfig"):
+                    continue
+                options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                assert options.get("use_safetensors") == "True" or path.name == "base_model.py", ast.unparse(node)
+                seen.append((path.name, source, "use_safetensors" in options))
+    assert ("base_model.py", "AutoModelForCausalLM", True) in seen
+    assert sum(not safe for _, _, safe in seen) == 1, "only the reader of GGUF files, which cannot hold a pickle"
+
+
 def test_every_module_says_what_it_is() -> None:
     assert not [path for path in FILES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]

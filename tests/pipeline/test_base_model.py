@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import time
 from pathlib import Path
 
 import bitsandbytes
@@ -218,6 +220,27 @@ def test_a_file_that_is_gguf_only_by_name_is_refused(tmp_path):
         load_tokenizer(settings(tmp_path / "tiny.gguf"))
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    pytest.importorskip("gguf")
+    tiny_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(BaseModelError, match="a file lies where a folder should be") as caught:
+        load_tokenizer(settings(tmp_path / "tiny.gguf"))
+    assert caught.value.where.startswith(str(tmp_path / "cache")) and "base.cache_dir" in caught.value.remedy
+
+
+def test_drafts_of_conversions_that_were_killed_go(tmp_path):
+    pytest.importorskip("gguf")
+    tiny_gguf(tmp_path / "tiny.gguf")
+    cache = tmp_path / "cache" / "gguf"
+    for name in ("old", "new"):
+        (cache / f".converting-{name}").mkdir(parents=True)
+    two_days_ago = time.time() - 2 * 86_400
+    os.utime(cache / ".converting-old", (two_days_ago, two_days_ago))
+    load_tokenizer(settings(tmp_path / "tiny.gguf"))
+    assert [path.name for path in cache.glob(".*")] == [".converting-new"]
+
+
 def test_a_gguf_file_that_changes_is_converted_again(tmp_path):
     pytest.importorskip("gguf")
     path = tmp_path / "tiny.gguf"
@@ -269,6 +292,13 @@ def broken(tmp_path: Path, how: str) -> str:
         (folder / "config.json").unlink()
     elif how == "pickle only":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    elif how == "an adapter too":
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somewhere/else"}))
+    elif how in ("a missing shard", "a shard elsewhere", "an index that is none"):
+        shard = {"a missing shard": "model-2.safetensors", "a shard elsewhere": "../secret.safetensors"}.get(how)
+        index = {"weight_map": {"lm_head.weight": shard}} if shard else {"weight_map": [1]}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (tmp_path / "secret.safetensors").write_bytes(b"secret")
     elif how == "torn weights":
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     elif how == "unknown architecture":
@@ -286,7 +316,11 @@ def broken(tmp_path: Path, how: str) -> str:
         ("missing folder", "there is no model here"),
         ("a file that is no GGUF", "there is no model here"),
         ("no config", "there is no model here"),
-        ("pickle only", "no \\*.safetensors file"),
+        ("pickle only", "no \\*.safetensors file, only pytorch_model.bin"),
+        ("an adapter too", "this is an adapter, not a base"),
+        ("a missing shard", "the index names 'model-2.safetensors', which is not in the folder"),
+        ("a shard elsewhere", "the index names '../secret.safetensors', which is not in the folder"),
+        ("an index that is none", "index of the shards cannot be read"),
         ("torn weights", "the base cannot be loaded"),
         ("unknown architecture", "cannot be loaded"),
         ("no tokenizer", "the tokenizer cannot be loaded"),
