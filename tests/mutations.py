@@ -727,8 +727,8 @@ TABLE = (
     Mutation(
         "the old result goes before the new one is complete",
         "pipeline/run_directory.py",
-        "        draft = Path(tempfile.mkdtemp(",
-        "        shutil.rmtree(self.stage(name), ignore_errors=True)\n        draft = Path(tempfile.mkdtemp(",
+        "            draft = Path(tempfile.mkdtemp(",
+        "            shutil.rmtree(self.stage(name), ignore_errors=True)\n            draft = Path(tempfile.mkdtemp(",
         (f"{RUN_DIRECTORY}::test_a_crash_leaves_the_old_result_and_nothing_else",),
     ),
     Mutation(
