@@ -28,7 +28,7 @@ from pipeline.records import Message, Origin, Prompt
 from pipeline.rewards import RewardSum
 from pipeline.roles import Roles
 from pipeline.scoring import score_rewards
-from stages.experience import collect
+from stages.experience import Budgets, collect
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.round_metrics import round_metrics
 from stages.update import Updater
@@ -79,7 +79,8 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
 
     rewards = RewardSum(ppo.rewards, model_scores)
     optimizer = make_optimizer(roles, ppo)
-    updater = Updater(roles, optimizer, ppo, seed=0, world=world)
+    budgets = Budgets.of(ppo)
+    updater = Updater(roles, optimizer, ppo, seed=0, world=world, budgets=budgets)
     prompts = workload()
     sampling = SamplingSettings(NEW_TOKENS, batch_size=PROMPTS, ignore_eos=True)
     prompt_tokens = [len(base.chat.prompt_ids(prompt.prompt)) for prompt in prompts]
@@ -88,10 +89,18 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     for iteration in range(iterations + 1):
         set_learning_rates(optimizer, ppo, iteration)
         experience = collect(
-            roles, rewards, prompts, ppo, kl_coefficient=0.05, seed=(0, iteration), world=world, sampling=sampling
+            roles,
+            rewards,
+            prompts,
+            ppo,
+            kl_coefficient=0.05,
+            seed=(0, iteration),
+            world=world,
+            budgets=budgets,
+            sampling=sampling,
         )
-        statistics, seconds = updater.timed_update(experience, iteration, critic_only=False)
-        rounds.append(round_metrics(experience, statistics, seconds, kl_coefficient=0.05, world=world))
+        statistics = updater.update(experience, iteration, critic_only=False)
+        rounds.append(round_metrics(experience, statistics, kl_coefficient=0.05, world=world))
     measured = rounds[1:]
 
     def median(name: str) -> float:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import folder_files, seal, unseal
 from pipeline.disk import writing
-from pipeline.run_directory import read_json, write_json
+from pipeline.run_directory import read_json, sync_tree, write_json
 
 STATE = "state.json"
+_DRAFT = ".draft-"
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class CheckpointFolder:
     """The checkpoints of one stage.
 
     Args:
-        root: folder that holds them, one folder a step.
+        root: folder that holds them, one folder a step. Only one process at a time writes there.
         inputs_digest: identity of what the stage is made from; checkpoints of other inputs do not count.
         keep_last: how many are kept.
     """
 
     def __init__(self, root: Path, *, inputs_digest: str, keep_last: int) -> None:
-        self._root, self._inputs_digest, self._keep_last = root, inputs_digest, keep_last
+        self.root, self._inputs_digest, self._keep_last = root, inputs_digest, keep_last
 
     def save(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         """Write a checkpoint; it counts when it is whole.
@@ -54,15 +55,18 @@ class CheckpointFolder:
             state: JSON-able counters and controller states.
             write: writes the tensors into the folder that it is given.
         """
-        with writing(self._root):
-            self._root.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._root))
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            for torn in self.root.glob(f"{_DRAFT}*"):  # of a process that was killed while it wrote
+                shutil.rmtree(torn, ignore_errors=True)
+            draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=self.root))
             try:
                 write(draft)
                 files = folder_files(draft)
                 content = {"inputs_digest": self._inputs_digest, "step": step, "files": files, "state": dict(state)}
                 write_json(draft / STATE, seal(content))
-                target = self._root / f"{step:08d}"
+                sync_tree(draft)
+                target = self.root / f"{step:08d}"
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(draft, target)
             finally:
@@ -79,25 +83,34 @@ class CheckpointFolder:
         Args:
             warn: told of each one that is passed over, and why.
         """
-        for folder in self._folders():
-            try:
-                content = unseal(read_json(folder / STATE), folder / STATE, "")
-                if content["inputs_digest"] != self._inputs_digest:
-                    warn(f"checkpoint {folder.name} was made from other data or settings; it is not used")
-                    continue
-                found = folder_files(folder, besides=STATE)
-                torn = sorted(set(found.items()) ^ set(content["files"].items()))
-                if not torn:
-                    return Checkpoint(folder, int(content["step"]), content["state"])
-                warn(f"checkpoint {folder.name} is damaged ({torn[0][0]}); the one before it is used")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                warn(f"checkpoint {folder.name} is not complete ({error}); the one before it is used")
+        found = (self._verified(folder, warn) for folder in self._folders())
+        return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+
+    def at(self, step: int, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The checkpoint of that very step; None if it is not there, not whole or not from the same inputs."""
+        folder = self.root / f"{step:08d}"
+        return self._verified(folder, warn) if folder.exists() else None
+
+    def _verified(self, folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+        name = f"{self.root.name}/{folder.name}"
+        try:
+            content = unseal(read_json(folder / STATE), folder / STATE, "")
+            if content["inputs_digest"] != self._inputs_digest:
+                warn(f"{name} was made from other data or settings; it is not used")
+                return None
+            found = folder_files(folder, besides=STATE)
+            torn = sorted(set(found.items()) ^ set(content["files"].items()))
+            if not torn:
+                return Checkpoint(folder, int(content["step"]), content["state"])
+            warn(f"{name} is damaged ({torn[0][0]}); it is not used")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warn(f"{name} is not complete ({error}); it is not used")
         return None
 
     def _folders(self) -> Iterator[Path]:
         """Newest first."""
-        if self._root.exists():
-            yield from sorted((path for path in self._root.iterdir() if path.name.isdigit()), reverse=True)
+        if self.root.exists():
+            yield from sorted((path for path in self.root.iterdir() if path.name.isdigit()), reverse=True)
 
 
 def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:

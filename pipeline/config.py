@@ -200,6 +200,30 @@ class RewardSource(Section):
         return "model" if self.function is None else self.function.rpartition(":")[2]
 
 
+class HeldOutSettings(Section):
+    """How the policy is measured on held-out prompts while it learns."""
+
+    every: int | None = Field(10, ge=1)
+    """Iterations between two measurements; the last iteration is measured too. None: no measurement."""
+    prompts: int = Field(64, ge=1)
+    """How many held-out prompts are answered, at the most, over all processes."""
+
+
+class GuardSettings(Section):
+    """Bounds that a policy should not leave; None is no bound."""
+
+    max_kl: float | None = Field(100.0, gt=0)
+    """KL from the reference in nats a response."""
+    max_ratio: float | None = Field(None, gt=1)
+    """Largest probability ratio of an iteration's update."""
+    min_entropy: float | None = Field(None, ge=0)
+    """Mean entropy of the policy in nats a token."""
+    max_entropy: float | None = Field(None, gt=0)
+    """The same from above."""
+    action: Literal["warn", "stop"] = "warn"
+    """`stop` ends the stage where a bound is left, with the best policy so far."""
+
+
 class PPOSettings(Section):
     """Proximal policy optimization (stage 3; Schulman et al. 2017, Ouyang et al. 2022)."""
 
@@ -271,6 +295,12 @@ class PPOSettings(Section):
     """First rounds in which only the critic learns."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
+    held_out: HeldOutSettings = HeldOutSettings()
+    """Measurements on held-out prompts."""
+    guard: GuardSettings = GuardSettings()
+    """What is not to happen."""
+    publish: Literal["best", "last"] = "best"
+    """`best`: the policy with the best held-out score within `guard.max_kl`; the last one is kept beside it."""
     ratio_tolerance: float | None = Field(None, gt=0)
     """How far from 1 the ratio may be before the first update. None: 0.001 in float32, 0.3 in 16 bits or
     int8 (the largest error of any token; the mean is some thirty times smaller)."""
@@ -304,6 +334,27 @@ class LaunchSettings(Section):
     """Processes on this machine, one a GPU."""
     accelerate_config: str | None = None
     """An Accelerate YAML file of your own, which then decides everything. None: made from this section."""
+    device: str | None = Field("auto", pattern=r"^[A-Za-z0-9._-]+$")
+    """Runs on this machine that give the same name here wait for each other's stages. `auto`: `gpu` where there is
+    one, else nothing is waited for. None: never wait."""
+
+
+class GateSettings(Section):
+    """What a stage must reach before a whole run goes on to the next one. None: no such gate.
+
+    Estimates pass with the pessimistic end of their 95% interval. No result depends on these settings.
+    """
+
+    max_sft_loss: float | None = Field(None, gt=0)
+    """SFT: held-out loss at the end, in nats a token."""
+    min_reward_accuracy: float | None = Field(None, ge=0, le=1)
+    """Reward model: lower bound of the accuracy on held-out pairs."""
+    max_kl: float | None = Field(None, gt=0)
+    """PPO and evaluation: KL to SFT in nats an answer."""
+    min_win_rate: float | None = Field(None, ge=0, le=1)
+    """Evaluation: lower bound of the win rate against SFT."""
+    judge: str | None = None
+    """Whose win rate counts: `gold`, `reward_model` or a reward function's name. None: the first of these there is."""
 
 
 class PipelineConfig(Section):
@@ -323,6 +374,19 @@ class PipelineConfig(Section):
     ppo: PPOSettings = PPOSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     launch: LaunchSettings = LaunchSettings()
+    gates: GateSettings = GateSettings()
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Who judges in the evaluation, the one to trust most first."""
+        functions = tuple(source.name for source in self.ppo.rewards if source.function is not None)
+        gold = () if self.evaluate.gold is None else ("gold",)
+        return (*gold, *(("reward_model",) if self.trains_reward_model else ()), *functions)
+
+    @property
+    def gate_judge(self) -> str:
+        """Whose win rate `gates.min_win_rate` is about."""
+        return self.gates.judge or self.judges[0]
 
     @property
     def evaluation_max_new_tokens(self) -> int:
@@ -425,6 +489,13 @@ class PipelineConfig(Section):
             yield "ppo.rewards has a source with weight 0; remove the entry, or give it a weight"
         if ppo.kl.controller == "adaptive" and ppo.kl.coefficient == 0:
             yield "ppo.kl.coefficient is 0, which the adaptive controller can never change; set a positive start value"
+        if ppo.held_out.every is None and ppo.publish == "best" and "publish" in ppo.model_fields_set:
+            yield "ppo.publish is 'best', but nothing is measured; set ppo.held_out.every, or ppo.publish=last"
+        if ppo.held_out.every is None and ppo.guard.action == "stop":
+            yield (
+                "ppo.guard.action is 'stop', which publishes the best policy so far, but nothing is measured;"
+                " set ppo.held_out.every, or ppo.guard.action=warn"
+            )
         if ppo.critic_warmup_iterations >= ppo.iterations:
             yield (
                 f"ppo.critic_warmup_iterations is {ppo.critic_warmup_iterations}, so that the policy would never learn"
@@ -440,6 +511,10 @@ class PipelineConfig(Section):
                 "launch.processes and launch.accelerate_config are both set, and the file's num_processes decides;"
                 " remove launch.processes"
             )
+        if self.gates.judge is not None and self.gates.judge not in self.judges:
+            yield f"gates.judge is '{self.gates.judge}', who does not judge here; choose of {', '.join(self.judges)}"
+        if self.gates.min_reward_accuracy is not None and not self.trains_reward_model:
+            yield "gates.min_reward_accuracy is set, but this config trains no reward model; remove it"
         for kind in ("instructions", "preferences", "prompts"):
             sources = getattr(self.data, kind).sources
             weighted = [source.weight is not None for source in sources]

@@ -69,9 +69,21 @@ class DivergenceError(TrivetError, ArithmeticError):
     """A loss, gradient, reward or log-probability that is not finite, named with its iteration."""
 
 
+class OutOfMemoryError(TrivetError, MemoryError):
+    """Memory ran out although the work was cut as small as it gets; says which setting to lower and by how much."""
+
+
 class StageFailedError(TrivetError, RuntimeError):
     """A stage's process ended with an error; the message holds the last lines of its log."""
 
 
 class StageInterruptedError(StageFailedError):
     """A stage was asked to stop and did, where the same command can go on."""
+
+
+class GateError(TrivetError, RuntimeError):
+    """A stage's figures miss a threshold of the config's `gates`: the run stops before the next stage."""
+
+
+class DeviceLockError(TrivetError, OSError):
+    """The lock of a device that several runs share cannot be opened."""

@@ -53,6 +53,7 @@ def generate(
     *,
     seed: tuple[int | str, ...],
     on_batch: Callable[[int], None] | None = None,
+    on_token: Callable[[], None] | None = None,
 ) -> list[Response]:
     """Sample one response a prompt with transformers' `generate`.
 
@@ -63,6 +64,7 @@ def generate(
         sampling: how to draw.
         seed: parts of the seed; the draw depends on nothing else. The global generators are left untouched.
         on_batch: told the number of responses after each batch.
+        on_token: called before each token of a batch; what it raises ends the sampling.
 
     Returns:
         the responses in the order of the prompts.
@@ -76,7 +78,7 @@ def generate(
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
             torch.manual_seed(derive_seed(*seed, start))
-            batch = _generate_batch(roles, [prompts[index] for index in chosen], sampling)
+            batch = _generate_batch(roles, [prompts[index] for index in chosen], sampling, on_token)
             for index, response in zip(chosen, batch, strict=True):
                 responses[index] = response
             if on_batch is not None:
@@ -84,7 +86,12 @@ def generate(
     return cast(list[Response], responses)
 
 
-def _generate_batch(roles: Roles, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> list[Response]:
+def _generate_batch(
+    roles: Roles,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingSettings,
+    on_token: Callable[[], None] | None,
+) -> list[Response]:
     eos = roles.base.chat.eos_token_id
     longest = max(len(prompt) for prompt in prompts)
     input_ids_BQ = torch.full((len(prompts), longest), eos, dtype=torch.long)
@@ -92,7 +99,7 @@ def _generate_batch(roles: Roles, prompts: Sequence[Sequence[int]], sampling: Sa
     for row, prompt in enumerate(prompts):
         input_ids_BQ[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask_BQ[row, longest - len(prompt) :] = 1
-    recorder = _LogprobRecorder(sampling.temperature)
+    recorder = _LogprobRecorder(sampling.temperature, on_token)
     output: Any = roles.model.generate(
         input_ids=input_ids_BQ.to(roles.device),
         attention_mask=mask_BQ.to(roles.device),
@@ -124,12 +131,14 @@ class _LogprobRecorder(LogitsProcessor):
     The logits pass through unchanged.
     """
 
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
+    def __init__(self, temperature: float, on_token: Callable[[], None] | None) -> None:
+        self._temperature, self._on_token = temperature, on_token
         self._previous_BV: Tensor | None = None
         self._columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        if self._on_token is not None:
+            self._on_token()
         if self._previous_BV is not None:
             self._record(input_ids[:, -1])
         self._previous_BV = scores.float() / self._temperature

@@ -1,13 +1,16 @@
 """One round of PPO up to the update: sample, score, compare with the reference, estimate advantages.
 
+Where memory runs out, the work is done again in smaller parts.
+
 Shape legend: B response of this process, T response token (padded on the right).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,10 +23,14 @@ from pipeline.errors import DivergenceError
 from pipeline.generation import SamplingSettings, generate
 from pipeline.kl import kl_k1, kl_k3
 from pipeline.masking import length_mask, whiten
+from pipeline.memory_budget import MemoryBudget
 from pipeline.records import Prompt
 from pipeline.rewards import RewardSum
 from pipeline.roles import Role, Roles
 from pipeline.scoring import Episode, score_logprobs, score_values
+from stages.interruption import stop_alone
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,111 @@ def value_trunk(ppo: PPOSettings) -> Role:
     return "value" if ppo.critic == "adapter" else "policy"
 
 
+@dataclass(frozen=True)
+class Budgets:
+    """How much goes through the model at once; lowered where memory runs out, and then kept."""
+
+    tokens: MemoryBudget
+    responses: MemoryBudget
+
+    @classmethod
+    def of(cls, ppo: PPOSettings, say: Callable[[str], None] = print) -> Budgets:
+        """As the settings say."""
+        return cls(
+            MemoryBudget("ppo.microbatch_tokens", ppo.microbatch_tokens, say),
+            MemoryBudget("ppo.generation_batch_size", ppo.generation_batch_size, say),
+        )
+
+    def fit_sequences(self, lengths: Iterable[int], work: Callable[[int], Result]) -> Result:
+        """Do work on sequences of these lengths in parts of as many tokens as memory allows.
+
+        Args:
+            work: takes the tokens of one forward pass; can be done again from its start.
+
+        Raises:
+            OutOfMemoryError: a single sequence does not fit.
+        """
+        longest = max(lengths)
+        return self.tokens.fit(
+            work,
+            smallest=longest,
+            remedy=f"One sequence of {longest} tokens does not fit: lower ppo.max_prompt_tokens + ppo.max_new_tokens"
+            f" to {longest // 2}, or set ppo.gradient_checkpointing=true, base.quantization=nf4.",
+        )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled and scored responses. `scores_B` are in reward units after clipping and penalty."""
+
+    completions: Sequence[str]
+    episodes: Sequence[Episode]
+    sampler_logprobs: Sequence[Sequence[float]]
+    finished_B: Tensor
+    raw_scores_B: Tensor
+    scores_B: Tensor
+    terms: Mapping[str, Tensor]
+    rollout_seconds: float
+
+
+def answer(
+    roles: Roles,
+    rewards: RewardSum,
+    prompts: Sequence[Prompt],
+    ppo: PPOSettings,
+    *,
+    seed: tuple[int | str, ...],
+    world: World,
+    budgets: Budgets,
+    sampling: SamplingSettings,
+) -> Answers:
+    """Let the policy answer this process's prompts, and score the answers.
+
+    Args:
+        prompts: one entry a response (a prompt that is answered twice stands twice).
+        seed: parts that the draws follow from.
+        sampling: how to draw; its batch size is `budgets`' to say.
+
+    Raises:
+        RewardFunctionError: a reward function failed.
+        OutOfMemoryError: a single response does not fit.
+    """
+    chat = roles.base.chat
+    started = time.monotonic()
+    prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
+    responses = budgets.responses.fit(
+        lambda size: generate(
+            roles,
+            "policy",
+            prompt_ids,
+            replace(sampling, batch_size=size),
+            seed=seed,
+            on_token=lambda: stop_alone(world),
+        ),
+        smallest=1,
+        remedy=f"One response does not fit: lower ppo.max_new_tokens to {sampling.max_new_tokens // 2}, or"
+        " ppo.max_prompt_tokens.",
+    )
+    episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
+    sampled = time.monotonic()
+    completions = [chat.decode(response.ids) for response in responses]
+    raw_scores_B, terms = rewards(prompts, completions, [episode.ids for episode in episodes])
+    finished_B = torch.tensor([response.finished for response in responses])
+    clipped_B = raw_scores_B if ppo.score_clip is None else raw_scores_B.clamp(-ppo.score_clip, ppo.score_clip)
+    # The penalty comes after the clipping, so that it always bites.
+    scores_B = clipped_B - ppo.missing_eos_penalty * (~finished_B).float()
+    return Answers(
+        completions,
+        episodes,
+        [response.logprobs for response in responses],
+        finished_B,
+        raw_scores_B,
+        scores_B,
+        terms,
+        sampled - started,
+    )
+
+
 def collect(
     roles: Roles,
     rewards: RewardSum,
@@ -80,6 +192,7 @@ def collect(
     kl_coefficient: float,
     seed: tuple[int | str, ...],
     world: World,
+    budgets: Budgets,
     sampling: SamplingSettings | None = None,
 ) -> Experience:
     """Answer this process's prompts and judge the answers.
@@ -88,46 +201,61 @@ def collect(
         prompts: one entry a response (a prompt that is answered twice stands twice).
         kl_coefficient: beta, reward units a nat.
         seed: parts that the draws follow from.
+        budgets: how much to do at once.
         sampling: how to draw; None is as `ppo` says.
 
     Raises:
         DivergenceError: a log-probability, value or score is not finite.
         RewardFunctionError: a reward function failed.
+        OutOfMemoryError: a single sequence does not fit.
+        Interrupted: the stage was asked to stop.
     """
-    chat, device = roles.base.chat, roles.device
+    device = roles.device
     started = time.monotonic()
 
-    # 1. Sample.
-    prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
-    responses = generate(roles, "policy", prompt_ids, sampling or sampling_settings(ppo), seed=seed)
-    episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
-    sampled = time.monotonic()
-
-    # 2. Score. The penalty comes after the clipping, so that it always bites.
-    completions = [chat.decode(response.ids) for response in responses]
-    raw_scores_B, terms = rewards(prompts, completions, [episode.ids for episode in episodes])
-    finished_B = torch.tensor([response.finished for response in responses])
-    clipped_B = raw_scores_B if ppo.score_clip is None else raw_scores_B.clamp(-ppo.score_clip, ppo.score_clip)
-    scores_B = clipped_B - ppo.missing_eos_penalty * (~finished_B).float()
+    # 1. and 2. Sample and score.
+    found = answer(
+        roles,
+        rewards,
+        prompts,
+        ppo,
+        seed=seed,
+        world=world,
+        budgets=budgets,
+        sampling=sampling or sampling_settings(ppo),
+    )
+    episodes = found.episodes
 
     # 3. Log-probabilities under the policy and the reference, values under the critic.
     def as_rows(rows: Sequence[Tensor]) -> Tensor:
         return pad_rows([row.float() for row in rows], size)
 
-    size = max(len(response.ids) for response in responses)
-    lengths_B = torch.tensor([len(response.ids) for response in responses], device=device)
+    size = max(len(episode.response) for episode in episodes)
+    lengths_B = torch.tensor([len(episode.response) for episode in episodes], device=device)
     mask_BT = length_mask(lengths_B, size)
-    scoring = {"temperature": ppo.temperature, "max_tokens": ppo.microbatch_tokens}
-    logprobs_BT = as_rows(score_logprobs(roles, "policy", episodes, **scoring))  # type: ignore[arg-type]
-    reference_BT = as_rows(score_logprobs(roles, "reference", episodes, **scoring))  # type: ignore[arg-type]
-    values_BT = as_rows(score_values(roles, episodes, trunk=value_trunk(ppo), max_tokens=ppo.microbatch_tokens))
+    lengths = [len(episode.ids) for episode in episodes]
+
+    def logprobs(role: Role) -> Tensor:
+        return as_rows(
+            budgets.fit_sequences(
+                lengths,
+                lambda most: score_logprobs(roles, role, episodes, temperature=ppo.temperature, max_tokens=most),
+            )
+        )
+
+    logprobs_BT, reference_BT = logprobs("policy"), logprobs("reference")
+    values_BT = as_rows(
+        budgets.fit_sequences(
+            lengths, lambda most: score_values(roles, episodes, trunk=value_trunk(ppo), max_tokens=most)
+        )
+    )
     _require_finite(
-        world, policy_logprobs=logprobs_BT, reference_logprobs=reference_BT, values=values_BT, scores=scores_B
+        world, policy_logprobs=logprobs_BT, reference_logprobs=reference_BT, values=values_BT, scores=found.scores_B
     )
 
     # 4. Rewards and advantages.
     kl_BT = kl_k1(logprobs_BT, reference_BT)
-    rewards_BT = token_rewards(scores_B.to(device), kl_BT, lengths_B, kl_coefficient=kl_coefficient)
+    rewards_BT = token_rewards(found.scores_B.to(device), kl_BT, lengths_B, kl_coefficient=kl_coefficient)
     if ppo.whiten_rewards:
         rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False, all_reduce=world.sum)
     advantages_BT, returns_BT = generalized_advantages(
@@ -138,24 +266,27 @@ def collect(
 
     return Experience(
         prompts=prompts,
-        completions=completions,
+        completions=found.completions,
         episodes=episodes,
-        finished_B=finished_B,
+        finished_B=found.finished_B,
         lengths_B=lengths_B,
         mask_BT=mask_BT,
         logprobs_BT=logprobs_BT,
-        sampler_logprobs_BT=as_rows([torch.tensor(response.logprobs, device=device) for response in responses]),
+        sampler_logprobs_BT=as_rows([torch.tensor(row, device=device) for row in found.sampler_logprobs]),
         reference_logprobs_BT=reference_BT,
         values_BT=values_BT,
-        raw_scores_B=raw_scores_B,
-        scores_B=scores_B,
-        terms=terms,
+        raw_scores_B=found.raw_scores_B,
+        scores_B=found.scores_B,
+        terms=found.terms,
         kl_BT=kl_BT,
         kl_k3_BT=kl_k3(logprobs_BT, reference_BT),
         rewards_BT=rewards_BT,
         advantages_BT=advantages_BT,
         returns_BT=returns_BT,
-        seconds={"rollout": sampled - started, "score": time.monotonic() - sampled},
+        seconds={
+            "rollout": found.rollout_seconds,
+            "score": time.monotonic() - started - found.rollout_seconds,
+        },
     )
 
 

@@ -13,6 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.distributed import World
 
 EXIT_INTERRUPTED = 75
 """The exit code of a stage that was asked to stop and can go on; sysexits(3) calls it EX_TEMPFAIL."""
@@ -24,7 +28,7 @@ _asked_at: float | None = None
 _deferring = 0
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class Interrupted(BaseException):
     """The stage stops because it was asked to; what a later start needs is on the disk."""
 
 
@@ -59,6 +63,26 @@ def deferred() -> Iterator[None]:
 def requested() -> bool:
     """Whether this process was asked to stop. With several processes, let `World.maximum` agree on the answer."""
     return _asked_at is not None
+
+
+def stop_together(world: World) -> None:
+    """Stop all processes if one of them was asked to. Every process must come here.
+
+    Raises:
+        Interrupted: in all of them.
+    """
+    if world.maximum(float(requested())):
+        raise Interrupted
+
+
+def stop_alone(world: World) -> None:
+    """Stop at a point that others do not pass at the same time, if this process was asked to and is the only one.
+
+    Raises:
+        Interrupted: it was.
+    """
+    if world.size == 1 and requested():
+        raise Interrupted
 
 
 def request() -> None:

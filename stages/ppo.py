@@ -19,21 +19,25 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_model import fingerprint, load_base, load_tokenizer
 from pipeline.chat import ChatFormat
-from pipeline.checkpoint import CheckpointFolder, load_optimizer, save_optimizer
 from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_prompts
 from pipeline.distributed import World, seed_everything
-from pipeline.errors import ConfigError, DivergenceError, RewardFunctionError, StartupGateError
+from pipeline.errors import (
+    ConfigError,
+    DivergenceError,
+    OutOfMemoryError,
+    RewardFunctionError,
+    StartupGateError,
+    TrivetError,
+)
 from pipeline.generation import derive_seed
 from pipeline.kl import AdaptiveKL, FixedKL, KLController
 from pipeline.metrics import MetricsWriter
@@ -44,12 +48,15 @@ from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
 from stages.command import stage_main
-from stages.experience import collect
+from stages.experience import Budgets, collect
 from stages.gates import check_reward_round_trip, check_startup
 from stages.inputs import stage_inputs
+from stages.interruption import Interrupted, deferred
 from stages.result import StageClock, finish
 from stages.round_metrics import drop_samples_after, round_metrics, sample_lines
-from stages.update import Updater
+from stages.selection import is_better, measure_held_out, violations
+from stages.training_state import Checkpoints, Position, Rounds, TrainingState
+from stages.update import Updater, UpdateStatistics
 
 
 def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
@@ -58,7 +65,9 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     Raises:
         DataError, RewardFunctionError: before a model is loaded.
         IncompatibleAdapterError, StartupGateError: before the first iteration.
-        DivergenceError: something is not finite; the last checkpoint is intact.
+        DivergenceError: something is not finite, or left a bound too early; the last checkpoint is intact.
+        OutOfMemoryError: a single sequence does not fit.
+        Interrupted: the stage was asked to stop; a checkpoint is written.
     """
     config, ppo, clock = loaded.config, loaded.config.ppo, StageClock()
     world = World()
@@ -67,8 +76,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # Data, and whatever else can be wrong before a model is loaded.
     chat = ChatFormat(load_tokenizer(config.base))
-    prompts = load_prompts(config.data, chat, ppo.max_prompt_tokens).train
-    RewardSum(ppo.rewards, model_scores=None).probe(prompts)
+    split = load_prompts(config.data, chat, ppo.max_prompt_tokens)
+    RewardSum(ppo.rewards, model_scores=None).probe(split.train)
     inputs_digest = digest(stage_inputs("ppo", config, run))
 
     # Adapters: the reference is the SFT adapter, the policy starts as its copy.
@@ -86,91 +95,133 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     add_critic(roles, ppo)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
+    budgets = Budgets.of(ppo, lambda text: say(world, text))
 
     def model_scores(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        return calibration.apply(score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens))
+        return calibration.apply(
+            budgets.fit_sequences(
+                [len(ids) for ids in sequences], lambda most: score_rewards(roles, sequences, max_tokens=most)
+            )
+        )
 
     rewards = RewardSum(ppo.rewards, model_scores)
 
-    # Optimizer and what else has a state.
-    learning = {**roles.parameters("policy"), **roles.parameters("value")}
+    # What changes from step to step, and its checkpoints.
     optimizer = make_optimizer(roles, ppo)
-    kl = make_controller(ppo)
-    updater = Updater(roles, optimizer, ppo, seed=config.seed, world=world)
-    checkpoints = CheckpointFolder(
-        run.working("ppo") / "checkpoints", inputs_digest=inputs_digest, keep_last=ppo.keep_last
-    )
-    checkpoint = checkpoints.latest(warn=lambda text: say(world, f"warning: {text}"))
-    start = 0
-    if checkpoint is not None:
-        start = checkpoint.step
-        restore_roles(roles, checkpoint.folder)
-        load_optimizer(checkpoint.folder / "optimizer.safetensors", optimizer, learning)
-        kl.load_state_dict(checkpoint.state["kl"])
-        say(world, f"Resuming after iteration {start} of {ppo.iterations}.")
+    state = TrainingState(roles, optimizer, make_controller(ppo), budgets)
+    updater = Updater(roles, optimizer, ppo, seed=config.seed, world=world, budgets=budgets)
+    checkpoints = Checkpoints(run.working("ppo"), config, inputs_digest, warn=lambda text: say(world, text))
+    rounds = Rounds(run.working("ppo"), config, inputs_digest, world, warn=lambda text: say(world, text))
+    position = checkpoints.restore(state, rounds.exists)
+    if position != Position():
+        say(world, f"Resuming after {position} of {ppo.iterations} iterations.")
 
     # Gates.
-    measured |= check_startup(roles, prompts, ppo, seed=config.seed, policy_is_reference=start == 0)
+    measured |= check_startup(roles, split.train, ppo, seed=config.seed, policy_is_reference=position == Position())
     say(world, "Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
+    state.gates = measured | (state.gates or {})
 
     # Loop.
     last = min(ppo.iterations, ppo.max_steps or ppo.iterations)
-    metrics: dict[str, float] = {}
+    left: list[str] = []
     writer = MetricsWriter(run.metrics("ppo")) if world.is_main else nullcontext()
-    with writer as log, progress(last, "ppo", "iterations", done=start) as bar:
+    with writer as log, progress(last, "ppo", "iterations", done=position.iteration) as bar, deferred():
         if log is not None:
-            log.truncate_after(start)
-            drop_samples_after(run, start)
-        for iteration in range(start, last):
-            set_learning_rates(optimizer, ppo, iteration)
-            mine = world.share(prompts_of(prompts, ppo, config.seed, iteration))
-            critic_only = iteration < ppo.critic_warmup_iterations
-            try:
-                experience = collect(
-                    roles,
-                    rewards,
-                    [prompt for prompt in mine for _ in range(ppo.responses_per_prompt)],
-                    ppo,
-                    kl_coefficient=kl.coefficient,
-                    seed=(config.seed, "rollout", iteration, world.rank),
-                    world=world,
-                )
-                statistics, seconds = updater.timed_update(experience, iteration, critic_only=critic_only)
-            except DivergenceError as error:
-                where = error.where or f"iteration {iteration + 1}"
-                raise DivergenceError(error.problem, where=where, remedy=error.remedy) from None
-            except RewardFunctionError as error:
-                where = f"iteration {iteration + 1}, {error.where}"
-                raise RewardFunctionError(error.problem, where=where, remedy=error.remedy) from error.__cause__
-            metrics = round_metrics(experience, statistics, seconds, kl_coefficient=kl.coefficient, world=world)
-            kl.update(metrics["kl/policy_reference_k1"], config.responses_per_iteration)
-            if log is not None:
-                log.write(iteration + 1, metrics)
-                sample_lines(run, iteration + 1, experience)
+            log.truncate_after(position.iteration)
+            drop_samples_after(run, position.iteration)
+        while position.iteration < last and not (left and ppo.guard.action == "stop"):
+            iteration, statistics = position.iteration, position.statistics or UpdateStatistics()
             done = iteration + 1
+            set_learning_rates(optimizer, ppo, iteration)
+            mine = world.share(prompts_of(split.train, ppo, config.seed, iteration))
+            asked = [prompt for prompt in mine for _ in range(ppo.responses_per_prompt)]
+            sampled_by = position.sampled_by or state.digest()
+            try:
+                experience = rounds.load(iteration, sampled_by, asked, roles)
+                if experience is None:
+                    experience = collect(
+                        roles,
+                        rewards,
+                        asked,
+                        ppo,
+                        kl_coefficient=state.kl.coefficient,
+                        seed=(config.seed, "rollout", iteration, world.rank),
+                        world=world,
+                        budgets=budgets,
+                    )
+                    rounds.save(iteration, sampled_by, experience)
+                critic_only = iteration < ppo.critic_warmup_iterations
+                updater.update(experience, iteration, critic_only=critic_only, statistics=statistics)
+                held_out = {}
+                if ppo.held_out.every is not None and (done % ppo.held_out.every == 0 or done == last):
+                    held_out = measure_held_out(
+                        roles, rewards, split.held_out, ppo, seed=config.seed, world=world, budgets=budgets
+                    )
+            except Interrupted:
+                if world.is_main:
+                    checkpoints.save_unfinished(Position(iteration, statistics, sampled_by), state)
+                raise
+            except (DivergenceError, RewardFunctionError, OutOfMemoryError) as error:
+                raise in_iteration(done, error) from error.__cause__
+            coefficient = state.kl.coefficient
+            state.metrics = round_metrics(experience, statistics, kl_coefficient=coefficient, world=world) | held_out
+            state.kl.update(state.metrics["kl/policy_reference_k1"], config.responses_per_iteration)
+            if held_out and is_better(held_out, state.best, ppo.guard):
+                state.best = {"iteration": done, **held_out}
+                if world.is_main:
+                    checkpoints.save_best(done, state)
+            if log is not None:
+                log.write(done, state.metrics)
+                sample_lines(run, done, experience)
             if world.is_main and (done % ppo.checkpoint_every == 0 or done == last):
-                checkpoints.save(
-                    done, {"kl": kl.state_dict()}, lambda folder: save_state(folder, roles, optimizer, learning)
-                )
+                checkpoints.save(done, state)
             world.wait()
+            position = Position(done)
+            left = [f"iteration {done}: {violation}" for violation in violations(state.metrics, ppo.guard)]
+            for violation in left:
+                say(world, f"warning: {violation}.")
             bar.advance(
-                note=f"score {metrics['objective/score']:.2f}, KL {metrics['kl/policy_reference_k1']:.2f},"
-                f" length {metrics['response/length_mean']:.0f}"
+                note=f"score {state.metrics['objective/score']:.2f},"
+                f" KL {state.metrics['kl/policy_reference_k1']:.2f},"
+                f" length {state.metrics['response/length_mean']:.0f}"
             )
 
     # Result.
     if fingerprint(base.model) != fingerprint_before:
         raise StartupGateError("the quantized base changed during PPO; this is a bug, please report it")
+    stopped = left[0] if left and ppo.guard.action == "stop" else None
+    if stopped is not None and state.best is None:
+        raise DivergenceError(
+            f"the policy left a bound of ppo.guard before one within it had been measured: {stopped}",
+            remedy="Lower ppo.learning_rate, raise ppo.kl.coefficient, or set a smaller ppo.held_out.every.",
+        )
+    assert state.metrics is not None
+    metrics = dict(state.metrics)
+    published = position.iteration
+    if state.best is not None and (ppo.publish == "best" or stopped is not None):
+        published = int(state.best["iteration"])
+        metrics |= {name: value for name, value in state.best.items() if name != "iteration"}
 
     def save(folder: Path) -> None:
-        roles.save("policy", folder)
-        save_critic(roles, ppo, folder / "value")
+        if published != position.iteration:
+            save_learned(roles, ppo, folder / "last")
+            checkpoints.restore_best(state)
+            say(world, f"Publishing the policy of iteration {published}, the best on held-out prompts.")
+        save_learned(roles, ppo, folder)
 
     if world.is_main:
-        extra = {"gates": measured, "iterations": last}
+        extra = {"gates": state.gates, "iterations": position.iteration, "published": published, "stopped": stopped}
         finish("ppo", "policy", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save, extra=extra)
     world.wait()
     return read_manifest(run.stage("ppo"))
+
+
+def in_iteration(number: int, error: DivergenceError | RewardFunctionError | OutOfMemoryError) -> TrivetError:
+    """The same error, which also says in which iteration (1-based) it came up."""
+    where = error.where or ""
+    if not where.startswith("iteration"):
+        where = f"iteration {number}, {where}".removesuffix(", ")
+    return type(error)(error.problem, where=where, remedy=error.remedy)
 
 
 def require_even_shares(ppo: PPOSettings, world: World) -> None:
@@ -244,26 +295,13 @@ def prompts_of(prompts: Sequence[Prompt], ppo: PPOSettings, seed: int, iteration
     return chosen
 
 
-def save_critic(roles: Roles, ppo: PPOSettings, folder: Path) -> None:
-    """The critic's adapter and head; with `critic: head` there is only a head."""
+def save_learned(roles: Roles, ppo: PPOSettings, folder: Path) -> None:
+    """The policy's adapter, and the critic's adapter and head under `value`; with `critic: head` only a head there."""
+    roles.save("policy", folder)
     if ppo.critic == "adapter":
-        roles.save("value", folder)
+        roles.save("value", folder / "value")
     else:
-        roles.save_head("value", folder)
-
-
-def save_state(folder: Path, roles: Roles, optimizer: torch.optim.Optimizer, learning: dict[str, nn.Parameter]) -> None:
-    """Everything that changes during PPO, as tensors by parameter name."""
-    roles.save_tensors(learning, folder / "roles.safetensors")
-    save_optimizer(folder / "optimizer.safetensors", optimizer, learning)
-
-
-def restore_roles(roles: Roles, folder: Path) -> None:
-    """Put back what `save_state` wrote."""
-    learning: dict[str, Any] = {**roles.parameters("policy"), **roles.parameters("value")}
-    with torch.no_grad():
-        for name, tensor in load_file(folder / "roles.safetensors").items():
-            learning[name].copy_(tensor)
+        roles.save_head("value", folder / "value")
 
 
 if __name__ == "__main__":

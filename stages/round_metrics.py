@@ -21,6 +21,7 @@
 | response/score_length_correlation | Pearson's r of score and length | -1..1 |
 | sampler/logprob_gap_mean, _max | absolute difference of the sampler's log-probabilities from the trainer's | nats |
 | update/first_ratio_error | largest distance of the ratio from 1 before the first step | |
+| held_out/score, kl, length | the policy on held-out prompts, where it was measured | reward, nats, tokens |
 | seconds/rollout, score, update, total; tokens/per_second; memory/peak_mb | | s, tokens/s, MB |
 """
 
@@ -46,7 +47,6 @@ _SAMPLES_KEPT = 2
 def round_metrics(
     experience: Experience,
     statistics: UpdateStatistics,
-    update_seconds: float,
     *,
     kl_coefficient: float,
     world: World,
@@ -63,7 +63,7 @@ def round_metrics(
     tokens = float(world.sum(mask_BT.sum().double().cpu()))
     lengths = world.gather([len(episode.response) for episode in experience.episodes])
     scores = world.gather(experience.scores_B.tolist())
-    seconds = {**experience.seconds, "update": update_seconds}
+    seconds = {**experience.seconds, "update": statistics.seconds}
     total_seconds = world.maximum(sum(seconds.values()))
     metrics = {
         "kl/policy_reference_k1": mean_over_responses(k1_B),

@@ -5,9 +5,11 @@ Shape legend: B response, T response token, N response token of any response of 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +22,16 @@ from pipeline.generation import derive_seed
 from pipeline.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from pipeline.roles import Role, Roles
 from pipeline.scoring import batch_episodes, head_values, policy_logprobs
-from stages.experience import Experience
+from stages.experience import Budgets, Experience
+from stages.interruption import stop_alone, stop_together
 
 
 @dataclass
 class UpdateStatistics:
-    """Sums over the update's tokens, to be divided by their number; maxima as they are."""
+    """Sums over the tokens of the optimizer steps so far, to be divided by their number; maxima as they are."""
 
+    steps: int = 0
+    seconds: float = 0.0
     tokens: float = 0.0
     policy_loss: float = 0.0
     value_loss: float = 0.0
@@ -37,6 +42,32 @@ class UpdateStatistics:
     ratio_max: float = 0.0
     first_ratio_error: float | None = None
     gradient_norms: dict[Role, list[float]] = field(default_factory=dict)
+
+    def add(self, step: UpdateStatistics) -> None:
+        """Count a further step in."""
+        self.steps += step.steps
+        self.seconds += step.seconds
+        self.tokens += step.tokens
+        self.policy_loss += step.policy_loss
+        self.value_loss += step.value_loss
+        self.clipped += step.clipped
+        self.values_clipped += step.values_clipped
+        self.approx_kl += step.approx_kl
+        self.entropy += step.entropy
+        self.ratio_max = max(self.ratio_max, step.ratio_max)
+        if self.first_ratio_error is None:
+            self.first_ratio_error = step.first_ratio_error
+        for role, norms in step.gradient_norms.items():
+            self.gradient_norms.setdefault(role, []).extend(norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> UpdateStatistics:
+        """What `state_dict` gave."""
+        return cls(**state)
 
     def metrics(self, world: World) -> dict[str, float]:
         """Means over all processes' tokens, under the names that are logged."""
@@ -71,42 +102,58 @@ class Updater:
         ppo: the settings.
         seed: the run's; minibatches follow from (seed, iteration, epoch, rank).
         world: all processes.
+        budgets: how much to do at once.
     """
 
     def __init__(
-        self, roles: Roles, optimizer: torch.optim.Optimizer, ppo: PPOSettings, *, seed: int, world: World
+        self,
+        roles: Roles,
+        optimizer: torch.optim.Optimizer,
+        ppo: PPOSettings,
+        *,
+        seed: int,
+        world: World,
+        budgets: Budgets,
     ) -> None:
         self._roles, self._optimizer, self._ppo, self._seed, self._world = roles, optimizer, ppo, seed, world
+        self._budgets = budgets
         self._parameters: Mapping[Role, list[nn.Parameter]] = {
             role: list(roles.parameters(role).values()) for role in ("policy", "value")
         }
 
-    def update(self, experience: Experience, iteration: int, *, critic_only: bool) -> UpdateStatistics:
+    def update(
+        self, experience: Experience, iteration: int, *, critic_only: bool, statistics: UpdateStatistics | None = None
+    ) -> UpdateStatistics:
         """Learn from a round.
 
         Args:
             iteration: 0-based, for seeds and messages.
             critic_only: True in the critic's warm-up: the policy stands still.
+            statistics: the steps made so far, which are not made again; further ones are counted in. None: none.
+
+        Returns:
+            the statistics of all steps.
 
         Raises:
             DivergenceError: a loss or gradient is not finite; no step was made with it.
+            OutOfMemoryError: a single sequence does not fit.
             StartupGateError: on the first minibatch the ratio is not 1 within `ppo.ratio_tolerance`.
+            Interrupted: the stage was asked to stop; `statistics` tell after how many steps.
         """
         self._roles.training_mode(gradient_checkpointing=self._ppo.gradient_checkpointing)
-        statistics = UpdateStatistics()
-        for epoch in range(self._ppo.epochs):
-            for number, rows in enumerate(self._minibatches(len(experience.episodes), iteration, epoch)):
-                where = f"iteration {iteration + 1}, epoch {epoch + 1}, minibatch {number + 1}"
-                self._step(experience, rows, statistics, critic_only=critic_only, where=where)
+        statistics = UpdateStatistics() if statistics is None else statistics
+        minibatches = [
+            (epoch, number, rows)
+            for epoch in range(self._ppo.epochs)
+            for number, rows in enumerate(self._minibatches(len(experience.episodes), iteration, epoch))
+        ]
+        for epoch, number, rows in minibatches[statistics.steps :]:
+            stop_together(self._world)
+            where = f"iteration {iteration + 1}, epoch {epoch + 1}, minibatch {number + 1}"
+            first = statistics.steps == 0
+            statistics.add(self._step(experience, rows, critic_only=critic_only, first=first, where=where))
         self._roles.inference_mode()
         return statistics
-
-    def timed_update(
-        self, experience: Experience, iteration: int, *, critic_only: bool
-    ) -> tuple[UpdateStatistics, float]:
-        """`update`, and the seconds that it took."""
-        started = time.monotonic()
-        return self.update(experience, iteration, critic_only=critic_only), time.monotonic() - started
 
     def _minibatches(self, responses: int, iteration: int, epoch: int) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(
@@ -118,46 +165,67 @@ class Updater:
             yield order[start : start + each]
 
     def _step(
-        self,
-        experience: Experience,
-        rows: list[int],
-        statistics: UpdateStatistics,
-        *,
-        critic_only: bool,
-        where: str,
-    ) -> None:
-        local_tokens = experience.lengths_B[rows].sum()
-        normalizer = float(self._world.sum(local_tokens))
-        self._optimizer.zero_grad(set_to_none=True)
-        lengths = [len(experience.episodes[row].ids) for row in rows]
-        microbatches = [
-            [rows[index] for index in group] for group in group_by_tokens(lengths, self._ppo.microbatch_tokens)
-        ]
-        statistics.tokens += float(local_tokens)
-        # One role after the other, each with its backward inside: see PPO on one base in `pipeline.roles`.
-        separate_critic = self._ppo.critic == "adapter"
-        if not (critic_only and separate_critic):
-            with self._roles.active("policy"):
-                for microbatch in microbatches:
-                    self._policy_backward(experience, microbatch, normalizer, statistics, critic_only=critic_only)
-        if separate_critic:
-            with self._roles.active("value"):
-                for microbatch in microbatches:
-                    self._critic_backward(experience, microbatch, normalizer, statistics)
-        self._check_first_ratio(statistics, where)
+        self, experience: Experience, rows: list[int], *, critic_only: bool, first: bool, where: str
+    ) -> UpdateStatistics:
+        """One optimizer step; returns what it alone counts."""
+        started = time.monotonic()
+        normalizer = float(self._world.sum(experience.lengths_B[rows].sum()))
+        step = self._budgets.fit_sequences(
+            (len(experience.episodes[row].ids) for row in rows),
+            lambda max_tokens: self._backward(
+                experience, rows, normalizer, max_tokens, critic_only=critic_only, first=first
+            ),
+        )
+        self._require_finite(step, where)
+        self._check_first_ratio(step, where)
         trained: list[Role] = ["value"] if critic_only else ["policy", "value"]
         for role in trained:
             parameters = self._parameters[role]
             self._world.sum_gradients(parameters)
             norm = float(nn.utils.clip_grad_norm_(parameters, self._ppo.max_grad_norm))
             if norm != norm or norm == float("inf"):
-                raise DivergenceError(
-                    f"the gradient of the {role} is not finite (norm {norm})",
-                    where=where,
-                    remedy="Lower ppo.learning_rate or raise ppo.kl.coefficient; the last checkpoint is intact.",
-                )
-            statistics.gradient_norms.setdefault(role, []).append(norm)
+                raise _diverged(f"the gradient of the {role} is not finite (norm {norm})", where)
+            step.gradient_norms[role] = [norm]
         self._optimizer.step()
+        step.steps, step.seconds = 1, time.monotonic() - started
+        return step
+
+    def _backward(
+        self,
+        experience: Experience,
+        rows: list[int],
+        normalizer: float,
+        max_tokens: int,
+        *,
+        critic_only: bool,
+        first: bool,
+    ) -> UpdateStatistics:
+        """The gradients of a minibatch, and what was seen on the way. Can be done again: it starts from none."""
+        self._optimizer.zero_grad(set_to_none=True)
+        step = UpdateStatistics(tokens=float(experience.lengths_B[rows].sum()))
+        lengths = [len(experience.episodes[row].ids) for row in rows]
+        microbatches = [[rows[index] for index in group] for group in group_by_tokens(lengths, max_tokens)]
+        # One role after the other, each with its backward inside: see PPO on one base in `pipeline.roles`.
+        separate_critic = self._ppo.critic == "adapter"
+        if not (critic_only and separate_critic):
+            with self._roles.active("policy"):
+                for microbatch in microbatches:
+                    self._policy_backward(
+                        experience, microbatch, normalizer, step, critic_only=critic_only, first=first
+                    )
+                    stop_alone(self._world)
+        if separate_critic:
+            with self._roles.active("value"):
+                for microbatch in microbatches:
+                    self._critic_backward(experience, microbatch, normalizer, step)
+                    stop_alone(self._world)
+        return step
+
+    def _require_finite(self, step: UpdateStatistics, where: str) -> None:
+        """All processes stop where one of them must: the others would wait for it."""
+        for name, loss in (("policy", step.policy_loss), ("value", step.value_loss)):
+            if self._world.maximum(float(not math.isfinite(loss))):
+                raise _diverged(f"the {name} loss is not finite", where)
 
     def _policy_backward(
         self,
@@ -167,6 +235,7 @@ class Updater:
         statistics: UpdateStatistics,
         *,
         critic_only: bool,
+        first: bool,
     ) -> None:
         """Policy loss, and with `critic: head` the value loss on the same trunk, for one microbatch."""
         roles, ppo = self._roles, self._ppo
@@ -186,7 +255,7 @@ class Updater:
                     normalizer=normalizer,
                 )
                 _note_policy(statistics, policy, new.entropy_N)
-                if not statistics.gradient_norms:
+                if first:
                     old_N = _take(experience.logprobs_BT, experience, rows)[0]
                     error = float((torch.exp(new.logprobs_N.detach() - old_N) - 1).abs().max())
                     statistics.first_ratio_error = max(statistics.first_ratio_error or 0.0, error)
@@ -220,7 +289,7 @@ class Updater:
 
     def _check_first_ratio(self, statistics: UpdateStatistics, where: str) -> None:
         """On a round's first minibatch old and new log-probabilities are the same model's."""
-        if statistics.gradient_norms or statistics.first_ratio_error is None:
+        if statistics.first_ratio_error is None:
             return
         # int8 kernels round activations by what else is in the batch, as coarsely as 16-bit arithmetic does.
         arithmetic = self._roles.base.identity.quantization
@@ -234,6 +303,14 @@ class Updater:
                 remedy="Old and new log-probabilities come from different arithmetic; if that is only rounding,"
                 " raise ppo.ratio_tolerance.",
             )
+
+
+def _diverged(problem: str, where: str) -> DivergenceError:
+    return DivergenceError(
+        problem,
+        where=where,
+        remedy="Lower ppo.learning_rate or raise ppo.kl.coefficient; the last checkpoint is intact.",
+    )
 
 
 def _take(values_BT: Tensor, experience: Experience, rows: list[int]) -> Tensor:

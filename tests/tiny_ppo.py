@@ -22,7 +22,7 @@ from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
-from stages.experience import Experience, collect
+from stages.experience import Budgets, Experience, collect
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.result import StageClock, finish
 from stages.update import Updater
@@ -120,6 +120,7 @@ class Round:
     rewards: RewardSum
     updater: Updater
     world: World
+    budgets: Budgets
 
     def collect(
         self,
@@ -137,6 +138,7 @@ class Round:
             kl_coefficient=kl_coefficient,
             seed=(0, "rollout", iteration, 0),
             world=self.world,
+            budgets=self.budgets,
         )
 
     def parameters(self, role: Role) -> dict[str, Tensor]:
@@ -165,7 +167,9 @@ def tiny_round(base: Base, *, roles: Roles | None = None, **settings: Any) -> Ro
         return CALIBRATION.apply(score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens))
 
     rewards = RewardSum(ppo.rewards, model_scores)
-    return Round(roles, ppo, optimizer, rewards, Updater(roles, optimizer, ppo, seed=0, world=world), world)
+    budgets = Budgets.of(ppo)
+    updater = Updater(roles, optimizer, ppo, seed=0, world=world, budgets=budgets)
+    return Round(roles, ppo, optimizer, rewards, updater, world, budgets)
 
 
 def record_gradients(round_: Round, *, step: bool = True) -> list[dict[str, Tensor]]:

@@ -51,7 +51,7 @@ def one_step(folder: Path, critic: str) -> tuple[dict[str, Tensor], dict[str, Te
     finally:
         experience.generate = own
     statistics = found.updater.update(collected, 0, critic_only=False)
-    metrics = round_metrics(collected, statistics, 0.0, kl_coefficient=0.05, world=world)
+    metrics = round_metrics(collected, statistics, kl_coefficient=0.05, world=world)
     return seen[0], {**found.parameters("policy"), **found.parameters("value")}, metrics
 
 

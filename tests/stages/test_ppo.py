@@ -42,7 +42,8 @@ from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
 from stages import ppo
 from stages.round_metrics import correlation, repetition, round_metrics
-from stages.update import Updater
+from stages.training_state import TrainingState
+from stages.update import Updater, UpdateStatistics
 
 BOTH_CRITICS = pytest.mark.parametrize("critic", ["adapter", "head"])
 
@@ -214,7 +215,12 @@ def test_clipping_acts_on_every_step_and_role(tmp_path):
 def test_each_epoch_has_a_fresh_permutation_of_all_responses(tmp_path, monkeypatch):
     found = tiny_round(loaded_tiny_base(tmp_path), epochs=3)
     rows: list[list[int]] = []
-    monkeypatch.setattr(found.updater, "_step", lambda _experience, chosen, *_, **__: rows.append(chosen))
+
+    def step(_experience: Any, chosen: list[int], **_: Any) -> UpdateStatistics:
+        rows.append(chosen)
+        return UpdateStatistics(steps=1)
+
+    monkeypatch.setattr(found.updater, "_step", step)
     experience = found.collect()
     for iteration in (0, 1):
         found.updater.update(experience, iteration, critic_only=False)
@@ -329,7 +335,7 @@ def test_metrics_count_real_tokens_and_nothing_else(tmp_path):
     errors = [float(experience.returns_BT[place] - experience.values_BT[place]) for place in real]
 
     statistics = found.updater.update(experience, 0, critic_only=False)
-    metrics = round_metrics(experience, statistics, 2.0, kl_coefficient=0.05, world=found.world)
+    metrics = round_metrics(experience, statistics, kl_coefficient=0.05, world=found.world)
     assert metrics["kl/policy_reference_k1"] == pytest.approx(k1, rel=1e-4)
     assert metrics["kl/policy_reference_k3"] == pytest.approx(k3, rel=1e-4)
     assert metrics["objective/reward"] == pytest.approx(float(experience.scores_B.mean()) - 0.05 * k1, rel=1e-4)
@@ -349,7 +355,7 @@ def test_nothing_is_said_of_a_policy_that_stands_still(tmp_path, critic):
     found = tiny_round(loaded_tiny_base(tmp_path), critic=critic)
     experience = found.collect()
     statistics = found.updater.update(experience, 0, critic_only=True)
-    metrics = round_metrics(experience, statistics, 1.0, kl_coefficient=0.05, world=found.world)
+    metrics = round_metrics(experience, statistics, kl_coefficient=0.05, world=found.world)
     assert [name for name in metrics if name.startswith(("policy/", "update/"))] == []
     assert metrics["value/loss"] > 0 and metrics["value/gradient_norm"] > 0
 
@@ -367,7 +373,7 @@ def test_repetition_and_correlation_by_example():
 # ---- what is not finite
 
 
-@pytest.mark.parametrize("what", ["logits", "values", "advantages", "returns"])
+@pytest.mark.parametrize("what", ["logits", "values", "advantages", "returns", "policy gradient", "value gradient"])
 def test_what_is_not_finite_stops_before_the_step_and_is_named(tmp_path, what):
     found = tiny_round(loaded_tiny_base(tmp_path))
     found.updater.update(found.collect(), 0, critic_only=False)
@@ -382,10 +388,13 @@ def test_what_is_not_finite_stops_before_the_step_and_is_named(tmp_path, what):
         found.roles.head_values = lambda role, hidden: own_values(role, hidden) * math.inf  # type: ignore[method-assign]
     elif what == "advantages":
         experience.advantages_BT[experience.mask_BT] = float("nan")
-    else:
+    elif what == "returns":
         experience.returns_BT[experience.mask_BT] = math.inf
-    quantity = "value" if what in ("values", "returns") else "policy"
-    with pytest.raises(DivergenceError, match=f"gradient of the {quantity} is not finite") as caught:
+    else:
+        next(iter(found.roles.parameters(what.split()[0]).values())).register_hook(lambda gradient: gradient * math.inf)
+    role = "value" if what.startswith("value") or what == "returns" else "policy"
+    quantity = f"gradient of the {role}" if "gradient" in what else f"{role} loss"
+    with pytest.raises(DivergenceError, match=f"the {quantity} is not finite") as caught:
         found.updater.update(experience, 6, critic_only=False)
     assert caught.value.where == "iteration 7, epoch 1, minibatch 1"
     for role in ("policy", "value"):
@@ -599,12 +608,14 @@ def test_a_divergence_names_its_iteration(tmp_path, monkeypatch):
     loaded = whole_config(tmp_path, "ppo.rewards=[{function: tiny_data.py:share_of_a}]")
     run = publish_sft(loaded)
 
+    own = Updater.update
+
     def diverged(self: Updater, experience: Any, iteration: int, **options: Any) -> Any:
         experience.advantages_BT[:] = float("nan")
-        return Updater.update(self, experience, iteration, **options), 0.0
+        return own(self, experience, iteration, **options)
 
-    monkeypatch.setattr(Updater, "timed_update", diverged)
-    with pytest.raises(DivergenceError, match="gradient of the policy") as caught:
+    monkeypatch.setattr(Updater, "update", diverged)
+    with pytest.raises(DivergenceError, match="policy loss is not finite") as caught:
         ppo.run(loaded, run)
     assert caught.value.where == "iteration 1, epoch 1, minibatch 1"
 
@@ -620,14 +631,14 @@ def test_a_faulty_reward_function_stops_before_a_model_is_loaded(tmp_path, monke
 def test_a_base_that_changed_is_not_published(tmp_path, monkeypatch):
     loaded = whole_config(tmp_path, "ppo.rewards=[{function: tiny_data.py:share_of_a}]", "ppo.iterations=1")
     run = publish_sft(loaded)
-    own = ppo.save_state
+    own = TrainingState.write
 
-    def meddling(folder: Path, roles: Any, *rest: Any) -> None:
-        own(folder, roles, *rest)
+    def meddling(self: TrainingState, folder: Path) -> None:
+        own(self, folder)
         with torch.no_grad():
-            roles.base.model.get_output_embeddings().weight[0, 0] += 1
+            self.roles.base.model.get_output_embeddings().weight[0, 0] += 1
 
-    monkeypatch.setattr(ppo, "save_state", meddling)
+    monkeypatch.setattr(TrainingState, "write", meddling)
     with pytest.raises(StartupGateError, match="base changed"):
         ppo.run(loaded, run)
     assert not run.stage("ppo").exists()

@@ -1,0 +1,96 @@
+"""Which policy of a run to publish, and when to stop: measured on held-out prompts, within bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from pipeline.config import GuardSettings, PPOSettings
+from pipeline.distributed import World
+from pipeline.kl import kl_k1
+from pipeline.records import Prompt
+from pipeline.rewards import RewardSum
+from pipeline.roles import Role, Roles
+from pipeline.scoring import score_logprobs
+from stages.experience import Budgets, answer, sampling_settings
+
+
+def measure_held_out(
+    roles: Roles,
+    rewards: RewardSum,
+    prompts: Sequence[Prompt],
+    ppo: PPOSettings,
+    *,
+    seed: int,
+    world: World,
+    budgets: Budgets,
+) -> dict[str, float]:
+    """Score the policy on held-out prompts, which are answered with the same seeds every time.
+
+    Args:
+        prompts: all held-out prompts; the first `ppo.held_out.prompts` of them are used, as far as the processes
+            share them evenly.
+
+    Returns:
+        means over responses: `held_out/score` (as PPO's objective/score), `held_out/kl` from the reference in nats,
+        `held_out/length` in tokens.
+
+    Raises:
+        RewardFunctionError: a reward function failed.
+        Interrupted: the stage was asked to stop.
+    """
+    few = prompts[: ppo.held_out.prompts]
+    mine = world.share(few[: len(few) - len(few) % world.size])
+    found = answer(
+        roles,
+        rewards,
+        mine,
+        ppo,
+        seed=(seed, "held out", world.rank),
+        world=world,
+        budgets=budgets,
+        sampling=sampling_settings(ppo),
+    )
+
+    def logprobs(role: Role) -> list[torch.Tensor]:
+        return budgets.fit_sequences(
+            [len(episode.ids) for episode in found.episodes],
+            lambda most: score_logprobs(roles, role, found.episodes, temperature=ppo.temperature, max_tokens=most),
+        )
+
+    kl = [
+        float(kl_k1(ours, theirs).sum()) for ours, theirs in zip(logprobs("policy"), logprobs("reference"), strict=True)
+    ]
+    lengths = [len(episode.response) for episode in found.episodes]
+    rows = [found.scores_B.tolist(), kl, lengths]
+    sums = world.sum(torch.tensor([sum(row) for row in rows] + [len(mine)], dtype=torch.float64))
+    score, divergence, length, count = sums.tolist()
+    return {
+        "held_out/score": score / count,
+        "held_out/kl": divergence / count,
+        "held_out/length": length / count,
+    }
+
+
+def is_better(found: Mapping[str, float], best: Mapping[str, float] | None, guard: GuardSettings) -> bool:
+    """Whether held-out figures beat the best so far without leaving the bound on the KL."""
+    if guard.max_kl is not None and not found["held_out/kl"] <= guard.max_kl:
+        return False
+    return best is None or found["held_out/score"] > best["held_out/score"]
+
+
+def violations(metrics: Mapping[str, float], guard: GuardSettings) -> Iterator[str]:
+    """Each bound that an iteration's figures leave, as a sentence; a figure that was not measured leaves none."""
+    for name, least, most in (
+        ("kl/policy_reference_k1", None, guard.max_kl),
+        ("policy/ratio_max", None, guard.max_ratio),
+        ("policy/entropy", guard.min_entropy, guard.max_entropy),
+    ):
+        value = metrics.get(name)
+        if value is None:
+            continue
+        if most is not None and not value <= most:
+            yield f"{name} is {value:.3g}, above {most:g}"
+        if least is not None and not value >= least:
+            yield f"{name} is {value:.3g}, below {least:g}"

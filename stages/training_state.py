@@ -1,0 +1,271 @@
+"""What of PPO changes from step to step, kept so that a run that ends anywhere goes on with the same bytes.
+
+RUN/working/ppo/
+  checkpoints/ITERATIONS   state after so many iterations; `ppo.keep_last` of them
+  within/STEPS             state inside an iteration, written when the stage is asked to stop
+  rounds/RANK/ITERATION    responses and scores of an iteration, which are then not sampled again
+  best/ITERATIONS          the policy that was best on held-out prompts
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.checkpoint import Checkpoint, CheckpointFolder, load_optimizer, save_optimizer
+from pipeline.config import PipelineConfig
+from pipeline.distributed import World
+from pipeline.errors import ArtifactError
+from pipeline.kl import KLController
+from pipeline.records import Prompt
+from pipeline.roles import Roles
+from pipeline.scoring import Episode
+from stages.experience import Budgets, Experience
+from stages.update import UpdateStatistics
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class TrainingState:
+    """Policy, critic and optimizer; the KL controller; what has been learned of memory; figures so far.
+
+    `best` are the figures of the best policy so far, with its `iteration`; `metrics` those of the last iteration;
+    `gates` what the gates measured when the training began.
+    """
+
+    roles: Roles
+    optimizer: torch.optim.Optimizer
+    kl: KLController
+    budgets: Budgets
+    best: dict[str, float] | None = None
+    metrics: dict[str, float] | None = None
+    gates: dict[str, float] | None = None
+
+    @property
+    def learning(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by name."""
+        return {**self.roles.parameters("policy"), **self.roles.parameters("value")}
+
+    def digest(self) -> str:
+        """SHA-256 of what learns: equal digests mean equal bytes."""
+        found = hashlib.sha256()
+        for name, parameter in sorted(self.learning.items()):
+            found.update(name.encode())
+            found.update(parameter.detach().cpu().contiguous().numpy().data)
+        return found.hexdigest()
+
+    def numbers(self) -> dict[str, Any]:
+        """The state that is no tensor, for a checkpoint's JSON."""
+        return {
+            "kl": self.kl.state_dict(),
+            "budgets": {"tokens": self.budgets.tokens.size, "responses": self.budgets.responses.size},
+            "best": self.best,
+            "metrics": self.metrics,
+            "gates": self.gates,
+        }
+
+    def write(self, folder: Path) -> None:
+        """The state that is tensors, by parameter name."""
+        self.roles.save_tensors(self.learning, folder / "roles.safetensors")
+        save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.learning)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put back what `numbers` and `write` gave."""
+        self.restore_roles(checkpoint)
+        load_optimizer(checkpoint.folder / "optimizer.safetensors", self.optimizer, self.learning)
+        state = checkpoint.state
+        self.kl.load_state_dict(state["kl"])
+        self.budgets.tokens.size = min(self.budgets.tokens.size, int(state["budgets"]["tokens"]))
+        self.budgets.responses.size = min(self.budgets.responses.size, int(state["budgets"]["responses"]))
+        self.best, self.metrics, self.gates = state["best"], state["metrics"], state["gates"]
+
+    def restore_roles(self, checkpoint: Checkpoint) -> None:
+        """Put back policy and critic alone."""
+        learning: Mapping[str, nn.Parameter] = self.learning
+        with torch.no_grad():
+            for name, tensor in load_file(checkpoint.folder / "roles.safetensors").items():
+                learning[name].copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run goes on: in `iteration`, after the optimizer steps that `statistics` tell of.
+
+    `sampled_by` is the digest of the policy that this iteration's responses come from; None at its beginning.
+    """
+
+    iteration: int = 0
+    statistics: UpdateStatistics | None = None
+    sampled_by: str | None = None
+
+    def __str__(self) -> str:
+        steps = f" and {self.statistics.steps} steps" if self.statistics is not None else ""
+        return f"{self.iteration}{steps}"
+
+
+class Checkpoints:
+    """The checkpoints of a PPO run, at the end of iterations and within them.
+
+    Args:
+        folder: the stage's working folder.
+        config: the run's.
+        inputs_digest: identity of what the run is made from.
+        warn: told of each checkpoint that cannot be used.
+    """
+
+    def __init__(self, folder: Path, config: PipelineConfig, inputs_digest: str, warn: Say) -> None:
+        self._steps = config.ppo.epochs * config.minibatches_per_epoch
+        self._saved: int | None = None
+
+        def warning(text: str) -> None:
+            warn(f"warning: {text}")
+
+        self._warn = warning
+        keep_last = config.ppo.keep_last
+        self._whole = CheckpointFolder(folder / "checkpoints", inputs_digest=inputs_digest, keep_last=keep_last)
+        self._within = CheckpointFolder(folder / "within", inputs_digest=inputs_digest, keep_last=1)
+        # One more than is needed, so that a run that goes on before the newest still finds the one it knew.
+        self._best = CheckpointFolder(folder / "best", inputs_digest=inputs_digest, keep_last=2)
+
+    def save(self, iterations: int, state: TrainingState) -> None:
+        """The state after so many iterations, unless it is on the disk already."""
+        if iterations and iterations != self._saved:
+            self._whole.save(iterations, state.numbers(), state.write)
+            self._saved = iterations
+
+    def save_unfinished(self, position: Position, state: TrainingState) -> None:
+        """The state within an iteration, between two optimizer steps or before the first one."""
+        if position.statistics is None or position.statistics.steps == 0:
+            self.save(position.iteration, state)
+            return
+        numbers = state.numbers() | {
+            "iteration": position.iteration,
+            "sampled_by": position.sampled_by,
+            "statistics": position.statistics.state_dict(),
+        }
+        self._within.save(position.iteration * self._steps + position.statistics.steps, numbers, state.write)
+
+    def save_best(self, iterations: int, state: TrainingState) -> None:
+        """The policy and critic that are the best so far."""
+        self._best.save(iterations, state.numbers(), state.write)
+
+    def restore_best(self, state: TrainingState) -> None:
+        """Put back the policy and critic that `state.best` tells of.
+
+        Raises:
+            ArtifactError: their checkpoint is lost or damaged.
+        """
+        assert state.best is not None
+        found = self._best.at(int(state.best["iteration"]), self._warn)
+        if found is None:
+            raise ArtifactError(
+                f"the checkpoint of the best policy (iteration {state.best['iteration']:.0f}) is lost or damaged",
+                where=str(self._best.root),
+                remedy="Publish the last policy with ppo.publish=last, or train again: trivet ppo CONFIG --force.",
+            )
+        state.restore_roles(found)
+
+    def restore(self, state: TrainingState, round_exists: Callable[[int, str], bool]) -> Position:
+        """Put back the newest state that can be used; the beginning where there is none.
+
+        Args:
+            round_exists: whether every process has its responses of an iteration, sampled by a policy of that
+                digest. Without them a state within the iteration is of no use.
+        """
+        whole, within = self._whole.latest(self._warn), self._within.latest(self._warn)
+        reached = whole.step if whole is not None else 0
+        if within is not None and int(within.state["iteration"]) >= reached:
+            iteration, sampled_by = int(within.state["iteration"]), str(within.state["sampled_by"])
+            if round_exists(iteration, sampled_by):
+                state.restore(within)
+                statistics = UpdateStatistics.from_state(within.state["statistics"])
+                return Position(iteration, statistics, sampled_by)
+            self._warn(f"the responses of iteration {iteration + 1} are lost; it is done again")
+        if whole is not None:
+            state.restore(whole)
+            self._saved = whole.step
+        return Position(reached)
+
+
+class Rounds:
+    """This process's responses and scores of the iterations since the last checkpoint.
+
+    Args:
+        folder: the stage's working folder.
+        config: the run's; as many rounds are kept as lie between two checkpoints.
+        inputs_digest: identity of what the run is made from.
+        world: all processes; their number is part of a round's identity.
+        warn: told of what cannot be read.
+    """
+
+    def __init__(self, folder: Path, config: PipelineConfig, inputs_digest: str, world: World, warn: Say) -> None:
+        self._world, self._warn = world, warn
+        self._folder = CheckpointFolder(
+            folder / "rounds" / str(world.rank), inputs_digest=inputs_digest, keep_last=config.ppo.checkpoint_every
+        )
+
+    def save(self, iteration: int, sampled_by: str, experience: Experience) -> None:
+        """Keep a round (0-based) that a policy of this digest has sampled."""
+        tensors = {f"terms/{name}": term_B for name, term_B in experience.terms.items()}
+        for entry in fields(Experience):
+            value = getattr(experience, entry.name)
+            if isinstance(value, Tensor):
+                tensors[entry.name] = value
+        tensors["responses"] = torch.tensor([token for row in experience.episodes for token in row.response])
+        state = {
+            "sampled_by": sampled_by,
+            "processes": self._world.size,
+            "seconds": dict(experience.seconds),
+            "terms": list(experience.terms),
+        }
+
+        def write(folder: Path) -> None:
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, folder / "round.safetensors")
+
+        self._folder.save(iteration, state, write)
+
+    def exists(self, iteration: int, sampled_by: str) -> bool:
+        """Whether all processes have kept that round."""
+        return not self._world.maximum(float(self._find(iteration, sampled_by) is None))
+
+    def load(self, iteration: int, sampled_by: str, prompts: Sequence[Prompt], roles: Roles) -> Experience | None:
+        """The kept round of these prompts; None unless all processes have theirs."""
+        found = self._find(iteration, sampled_by)
+        if self._world.maximum(float(found is None)):
+            return None
+        assert found is not None
+        tensors = load_file(found.folder / "round.safetensors")
+        terms = {name: tensors.pop(f"terms/{name}") for name in found.state["terms"]}
+        responses = torch.split(tensors.pop("responses"), tensors["lengths_B"].tolist())
+        chat = roles.base.chat
+        episodes = [
+            Episode(tuple(chat.prompt_ids(prompt.prompt)), tuple(ids.tolist()))
+            for prompt, ids in zip(prompts, responses, strict=True)
+        ]
+        return Experience(
+            prompts=prompts,
+            completions=[chat.decode(episode.response) for episode in episodes],
+            episodes=episodes,
+            terms=terms,
+            seconds=found.state["seconds"],
+            **{name: tensor if name in _ON_CPU else tensor.to(roles.device) for name, tensor in tensors.items()},
+        )
+
+    def _find(self, iteration: int, sampled_by: str) -> Checkpoint | None:
+        found = self._folder.at(iteration, self._warn)
+        if found is None or found.state["sampled_by"] != sampled_by or found.state["processes"] != self._world.size:
+            return None
+        return found
+
+
+_ON_CPU = {"finished_B", "raw_scores_B", "scores_B"}
+"""Where `collect` leaves them."""
