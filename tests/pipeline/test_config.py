@@ -50,7 +50,7 @@ def test_there_are_configs_to_load() -> None:
         ("sft.learning_rat=1", "unknown key 'sft.learning_rat'; did you mean 'learning_rate'?"),
         ("ppo.kl.coeficient=1", "unknown key 'ppo.kl.coeficient'; did you mean 'coefficient'?"),
         ("pppo.epochs=1", "unknown key 'pppo'; did you mean 'ppo'?"),
-        ("launch.zzz=1", "unknown key 'launch.zzz'; known keys: accelerate_config, processes"),
+        ("launch.zzz=1", "unknown key 'launch.zzz'; known keys: accelerate_config, device, processes"),
         ("data.prompts.sources=[{path: a.jsonl, wieght: 2}]", "did you mean 'weight'?"),
         ("ppo.rewards=[{functoin: 'a.py:f'}]", "did you mean 'function'?"),
     ],
@@ -119,6 +119,16 @@ def test_every_contradiction_comes_at_once(tmp_path: Path) -> None:
         (["base.quantization=none", "base.double_quantization=true"], "set base.quantization=nf4"),
         (["launch.accelerate_config=a.yaml", "launch.processes=4"], "remove launch.processes"),
         (["data.preferences.sources=[{path: a.jsonl, weight: 1}, b.jsonl]"], "give all of them one, or none"),
+        (
+            ["ppo.held_out.every=null", "ppo.guard.action=warn", "ppo.publish=best"],
+            "set ppo.held_out.every, or ppo.publish=last",
+        ),
+        (["ppo.held_out.every=null", "ppo.publish=last", "ppo.guard.action=stop"], "or ppo.guard.action=warn"),
+        (["gates.judge=gold"], "does not judge here; choose of reward_model"),
+        (
+            ["gates.min_reward_accuracy=0.6", "ppo.rewards=[{function: 'a.py:f'}]", "data.preferences.sources=[]"],
+            "trains no reward model",
+        ),
     ],
 )
 def test_a_contradiction_names_the_key_to_change(tmp_path: Path, overrides: list[str], expected: str) -> None:
@@ -129,7 +139,7 @@ def test_every_contradiction_has_a_test() -> None:
     """Counts the statements that report one; a new one needs a line above."""
     source = (ROOT / "pipeline" / "config.py").read_text()
     body = source[source.index("def contradictions") :]
-    assert body.count("yield ") == 13
+    assert body.count("yield ") == 17
 
 
 @pytest.mark.parametrize(
