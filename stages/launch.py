@@ -34,6 +34,7 @@ from pipeline.config_file import LoadedConfig
 from pipeline.errors import StageFailedError, StageInterruptedError
 from pipeline.progress import FORMAT_VARIABLE, ProgressUpdate, parse_machine_line
 from pipeline.run_directory import RunDirectory, StageName
+from stages.device_lock import device_lock
 from stages.inputs import find_current
 from stages.interruption import StoppedInOrder
 
@@ -110,17 +111,24 @@ def ensure_stage(
         return _result(stage, run, current, cached=True, reason=reason)
     if current is not None:
         reason = "run again on demand"
-    launch_stage(
-        stage,
-        loaded.path,
-        loaded.overrides,
-        loaded.config.launch,
-        run.log(stage),
-        force=force,
-        on_line=on_line,
-        on_progress=on_progress,
-    )
+    with device_lock(_device(loaded.config.launch), f"the {stage} stage of {run.root.resolve()}", on_line):
+        launch_stage(
+            stage,
+            loaded.path,
+            loaded.overrides,
+            loaded.config.launch,
+            run.log(stage),
+            force=force,
+            on_line=on_line,
+            on_progress=on_progress,
+        )
     return _result(stage, run, read_manifest(run.stage(stage)), cached=False, reason=reason)
+
+
+def _device(launch: LaunchSettings) -> str | None:
+    if launch.device == "auto":
+        return "gpu" if has_accelerator() else None
+    return launch.device
 
 
 def _result(stage: StageName, run: RunDirectory, manifest: Manifest, *, cached: bool, reason: str) -> StageResult:
@@ -392,11 +400,17 @@ class StageProcessError(StageFailedError):
         return f"{self.summary}\nThe last lines of its log:\n" + "\n".join(f"  {line}" for line in self.last_lines)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.problem, self.where, self.remedy, self.last_lines)
+        return _rebuild, (type(self), self.problem, self.where, self.remedy, self.last_lines)
 
 
-def _rebuild(problem: str, where: str | None, remedy: str | None, last_lines: tuple[str, ...]) -> StageProcessError:
-    return StageProcessError(problem, where=where, remedy=remedy, last_lines=last_lines)
+class StageDiedError(StageProcessError):
+    """A stage's process ended without a word, as if killed from outside. Started again, it resumes."""
+
+
+def _rebuild(
+    kind: type[StageProcessError], problem: str, where: str | None, remedy: str | None, last_lines: tuple[str, ...]
+) -> StageProcessError:
+    return kind(problem, where=where, remedy=remedy, last_lines=last_lines)
 
 
 _LESS_MEMORY = {
@@ -441,7 +455,7 @@ def _failure(
         return StageProcessError(
             f"the {stage} stage ended with exit code {code}", remedy=whole_log, last_lines=last_lines
         )
-    return StageProcessError(
+    return StageDiedError(
         f"the {stage} stage's process ended (exit code {code}) without a word,"
         " as happens when the system kills it for lack of memory",
         remedy=f"{_LESS_MEMORY[stage]} {whole_log}",
