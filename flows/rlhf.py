@@ -1,6 +1,7 @@
 """The whole job: supervised fine-tuning, a reward model, PPO against it, and the judgement (Ouyang et al. 2022).
 
 trivet run CONFIG [key=value ...] [--force]
+prefect deployment run rlhf/quickstart
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from datetime import UTC, datetime
 from typing import Any
 
 from prefect import flow
+from prefect.logging import get_run_logger
 
+from flows.page import page_only, show_run
+from flows.parameters import ConfigFile, Overrides
 from flows.summary import write_summary
 from flows.tasks import Order, evaluate, train_ppo, train_reward, train_sft
 from pipeline.config_file import load_config
 from stages.preflight import require_good_input
 
 
-def align(config: str, overrides: list[str] | None = None, force: bool = False) -> dict[str, Any]:
+def align(config: ConfigFile, overrides: Overrides = None, force: bool = False) -> dict[str, Any]:
     """Align the config's base model; returns what is also written to the run's summary.json.
 
     Args:
-        config: path of the run's config.
+        config: path of the run's config; relative paths count from the project's folder.
         overrides: `key=value` settings on top of it.
         force: run every stage again, also those whose results are current.
     """
@@ -34,7 +38,10 @@ def align(config: str, overrides: list[str] | None = None, force: bool = False) 
     ppo = train_ppo(order, sft, reward)
     judgement = evaluate(order, sft, reward, ppo)
 
-    return write_summary(loaded, [sft, reward, ppo, judgement], started)
+    summary = write_summary(loaded, [sft, reward, ppo, judgement], started)
+    with page_only(get_run_logger()):
+        show_run(summary)
+    return summary
 
 
 rlhf = flow(name="rlhf")(align)

@@ -132,15 +132,15 @@ def samples(path: Path) -> Iterator[RenderableType]:
         return
     for entry in entries:
         body = Text()
-        body.append(f"{_as_text(entry['prompt']).strip()}\n", style="bold")
+        body.append(f"{as_text(entry['prompt']).strip()}\n", style="bold")
         for label in ("sft", "ppo"):
             score = f" ({entry['judge']} {_number(entry['scores'][label])})"
             body.append(f"\n{label.upper()}{score}: ", style="cyan" if label == "sft" else "green")
-            body.append(_as_text(entry[label]).strip() or "(nothing)")
+            body.append(as_text(entry[label]).strip() or "(nothing)")
         yield Panel(body)
 
 
-def _as_text(text: Any) -> str:
+def as_text(text: Any) -> str:
     """A plain text as it is; of a conversation, its turns."""
     if isinstance(text, str):
         return text

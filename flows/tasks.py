@@ -1,7 +1,8 @@
 """The stages as Prefect tasks: plain functions first, tasks made of them below.
 
 Each runs its stage in processes of its own, or finds that the finished result is still current. The truth
-about that is the stage's manifest on disk; Prefect's cache is off, so that there are not two truths.
+about that is the stage's manifest on disk; Prefect's cache is off, so that there are not two truths. A result that
+misses a gate of the config fails its task, so that the next stage does not start.
 """
 
 from __future__ import annotations
@@ -9,18 +10,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
+from prefect.states import Completed
 
 from flows.display import current_display
+from flows.gates import require_passed
+from flows.page import LiveProgress, bounded, page_only, show_curves
 from pipeline.config_file import load_config
 from pipeline.progress import ProgressUpdate
-from pipeline.run_directory import StageName
-from stages.launch import StageResult, ensure_stage
+from pipeline.run_directory import RunDirectory, StageName
+from stages.launch import StageDiedError, StageResult, ensure_stage
 
 _SECONDS_BETWEEN_LOG_LINES = 60.0
+_SECONDS_BEFORE_RETRIES = [10.0, 60.0]
+
+Outcome = StageResult | State[StageResult]
+"""A result; where an earlier one was current, inside the state that says so on Prefect's page."""
 
 
 @dataclass(frozen=True)
@@ -32,43 +42,81 @@ class Order:
     force: bool = False
 
 
-def run_sft(order: Order) -> StageResult:
+def run_sft(order: Order) -> Outcome:
     """Stage 1: supervised fine-tuning on instructions."""
     return _run("sft", order)
 
 
-def run_reward(order: Order, sft: StageResult) -> StageResult:
+def run_reward(order: Order, sft: StageResult | None = None) -> Outcome:
     """Stage 2: the reward model on preferences."""
     return _run("reward", order)
 
 
-def run_ppo(order: Order, sft: StageResult, reward: StageResult | None) -> StageResult:
+def run_ppo(order: Order, sft: StageResult | None = None, reward: StageResult | None = None) -> Outcome:
     """Stage 3: PPO from the SFT adapter against the reward."""
     return _run("ppo", order)
 
 
-def run_evaluate(order: Order, sft: StageResult, reward: StageResult | None, ppo: StageResult) -> StageResult:
+def run_evaluate(
+    order: Order, sft: StageResult | None = None, reward: StageResult | None = None, ppo: StageResult | None = None
+) -> Outcome:
     """Stage 4: the PPO policy against SFT on held-out prompts."""
     return _run("evaluate", order)
 
 
+def worth_another_try(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a stage's process was killed while nobody watches: it resumes, and may get through."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StageDiedError) and current_display() is None
+
+
+def _as_task(name: StageName, function: Callable[..., Outcome]) -> Callable[..., StageResult]:
+    made = task(
+        name=name,
+        cache_policy=NO_CACHE,
+        retries=len(_SECONDS_BEFORE_RETRIES),
+        retry_delay_seconds=_SECONDS_BEFORE_RETRIES,
+        retry_condition_fn=worth_another_try,
+    )(function)
+
+    def run(order: Order, *parents: StageResult | None) -> StageResult:
+        outcome = made(order, *parents)
+        return outcome.result() if isinstance(outcome, State) else outcome
+
+    return run
+
+
 # The arguments that look unused draw the edges of the graph on Prefect's page.
-train_sft = task(name="sft", cache_policy=NO_CACHE)(run_sft)
-train_reward = task(name="reward", cache_policy=NO_CACHE)(run_reward)
-train_ppo = task(name="ppo", cache_policy=NO_CACHE)(run_ppo)
-evaluate = task(name="evaluate", cache_policy=NO_CACHE)(run_evaluate)
+train_sft = _as_task("sft", run_sft)
+train_reward = _as_task("reward", run_reward)
+train_ppo = _as_task("ppo", run_ppo)
+evaluate = _as_task("evaluate", run_evaluate)
 
 
-def _run(stage: StageName, order: Order) -> StageResult:
-    logger = get_run_logger()
+def _run(stage: StageName, order: Order) -> Outcome:
+    log = get_run_logger()
+    loaded = load_config(order.config, order.overrides)
+    run = RunDirectory(loaded.config.run_dir)
     display = current_display()
-    return ensure_stage(
-        stage,
-        load_config(order.config, order.overrides),
-        force=order.force,
-        on_line=logger.info,
-        on_progress=display.progress if display else _log_now_and_then(logger.info),
-    )
+    with LiveProgress(stage, log).running() as live:
+        log_progress = _log_now_and_then(log.info)
+
+        def on_progress(update: ProgressUpdate) -> None:
+            live.show(update)
+            (display.progress if display else log_progress)(update)
+
+        result = ensure_stage(
+            stage,
+            loaded,
+            force=order.force,
+            on_line=log.info if display else bounded(log.info, run.log(stage)),
+            on_progress=on_progress,
+        )
+    with page_only(log):
+        show_curves(stage, run)
+    for verdict in require_passed(result, loaded.config):
+        log.info("Gate passed: %s.", verdict.line)
+    return Completed(name="Cached", message=result.reason, data=result) if result.cached else result
 
 
 def _log_now_and_then(log: Callable[[str], None]) -> Callable[[ProgressUpdate], None]:
