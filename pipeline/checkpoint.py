@@ -101,7 +101,10 @@ class CheckpointFolder:
             found = folder_files(folder, besides=STATE)
             torn = sorted(set(found.items()) ^ set(content["files"].items()))
             if not torn:
-                return Checkpoint(folder, int(content["step"]), content["state"])
+                step, state = content["step"], content["state"]
+                if step != int(folder.name) or not isinstance(state, dict):
+                    raise ValueError("its state is of another form")
+                return Checkpoint(folder, step, state)
             warn(f"{name} is damaged ({torn[0][0]}); it is not used")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warn(f"{name} is not complete ({error}); it is not used")
@@ -110,7 +113,7 @@ class CheckpointFolder:
     def _folders(self) -> Iterator[Path]:
         """Newest first."""
         if self.root.exists():
-            yield from sorted((path for path in self.root.iterdir() if path.name.isdigit()), reverse=True)
+            yield from sorted((path for path in self.root.iterdir() if path.name.isdecimal()), reverse=True)
 
 
 def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:

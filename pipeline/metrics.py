@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self, SupportsFloat
 
 from pipeline.disk import writing
+from pipeline.errors import ArtifactError
 from pipeline.run_directory import write_text
 
 MetricsRow = dict[str, float | None]
@@ -90,24 +91,32 @@ def read_metrics(path: str | Path) -> list[MetricsRow]:
     """All whole lines of a metrics file, oldest first; none where there is no file.
 
     Raises:
-        ValueError: a line before the last is not a JSON object with a step.
+        ArtifactError: a line before the last is not a JSON object of numbers with a step.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        *lines, _ = Path(path).read_bytes().split(b"\n")  # What follows the last line end was never finished.
     except FileNotFoundError:
         return []
-    *lines, torn = text.split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or "step" not in row:
-            raise ValueError(f"{path}, line {number}: not a line of metrics: {line[:80]!r}")
+        if not _is_row(row):
+            raise ArtifactError(
+                f"not a line of metrics: {line[:80].decode(errors='replace')!r}",
+                where=f"{path}, line {number}",
+                remedy="Remove the line, or the file; the stage then writes it anew.",
+            )
         rows.append(row)
-    del torn  # What follows the last line end was never finished.
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(value is None or type(value) in (int, float) for value in row.values())
 
 
 def _finite(value: SupportsFloat) -> float | None:

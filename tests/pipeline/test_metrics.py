@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import ArtifactError
 from pipeline.memory import megabytes, peak_memory_bytes, reset_peak
 from pipeline.metrics import MetricsWriter, read_metrics
 
@@ -66,11 +67,13 @@ def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"loss": 1.0}'])
+@pytest.mark.parametrize(
+    "line", ["not json", "[1]", '{"loss": 1.0}', '{"step": "2"}', '{"step": 2, "loss": "low"}', "[" * 100_000]
+)
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "sft.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ArtifactError, match="line 2"):
         read_metrics(path)
 
 
