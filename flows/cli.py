@@ -152,6 +152,17 @@ def data(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def up(
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Where the page and its API listen.")] = 4200,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many runs go on at once.")] = 1,
+) -> None:
+    """Keep Prefect's server and a worker running on this machine, with the deployments of prefect.yaml."""
+    from flows.up import up as keep_up
+
+    keep_up(port=port, limit=limit, say=lambda line: print(line, flush=True))
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="Also check that this config loads.", show_default=False)

@@ -6,33 +6,26 @@ there and whether two settings contradict each other, is the first thing that a 
 
 from __future__ import annotations
 
-import re
 import types
-from collections.abc import Iterator
 from typing import Annotated, Union, get_args, get_origin
 
 from pydantic import BaseModel, WithJsonSchema
 
 from pipeline.config import PipelineConfig
 
-_FREE_KEYS = r"(\.[A-Za-z_0-9]+)*"
-
 
 def override_pattern() -> str:
-    """A regular expression for `key=value` with a key that the config knows, a section's name included."""
-    return rf"^\s*({'|'.join(_keys(PipelineConfig))})\s*="
+    """A regular expression for `key=value` with a key that the config knows, a whole section's included."""
+    return rf"^\s*{_keys(PipelineConfig)}\s*="
 
 
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _keys(section: type[BaseModel]) -> str:
+    keys = []
     for name, field in section.model_fields.items():
-        key = f"{prefix}{re.escape(name)}"
         inner = _section_in(field.annotation)
-        if get_origin(field.annotation) is dict:
-            yield key + _FREE_KEYS
-        else:
-            yield key
-        if inner is not None:
-            yield from _keys(inner, rf"{key}\.")
+        below = r"(\.\w+)*" if get_origin(field.annotation) is dict else rf"(\.{_keys(inner)})?" if inner else ""
+        keys.append(name + below)
+    return f"({'|'.join(keys)})"
 
 
 def _section_in(annotation: object) -> type[BaseModel] | None:

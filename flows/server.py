@@ -25,6 +25,7 @@ from stages.launch import supervised
 
 _SECONDS_TO_START = 90.0
 _SECONDS_TO_ANSWER = 3.0
+_QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
 _USERS_CHOICE = ("PREFECT_API_URL", "PREFECT_PROFILE")
 
 
@@ -42,13 +43,13 @@ def find_or_start_server() -> str:
     Raises:
         ServerError: nothing answers.
     """
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     if any(os.environ.get(name) for name in _USERS_CHOICE):
         if url := os.environ.get("PREFECT_API_URL"):
             _require_answer(url)
         return "Reporting to the Prefect server of your settings."
-    home = Path(os.environ.setdefault("PREFECT_HOME", str(_default_home())))
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(prefect_home())))
     until_exit = ExitStack()
     # Prefect's threads send their last events and log lines when the interpreter ends, before this is called.
     atexit.register(until_exit.close)
@@ -56,8 +57,34 @@ def find_or_start_server() -> str:
     return f"The run's history is kept in {home}."
 
 
-def _default_home() -> Path:
+def prefect_home() -> Path:
+    """Where Prefect keeps its history, unless PREFECT_HOME says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trivet" / "prefect"
+
+
+def server_environment(url: str, *, with_page: bool) -> dict[str, str]:
+    """Settings for a server at this address, and for the programs that talk to it.
+
+    Args:
+        url: `http://127.0.0.1:PORT/api`.
+        with_page: whether people look at the server and schedules run by it.
+    """
+    host, _, port = url.removeprefix("http://").removesuffix("/api").partition(":")
+    on = str(with_page).lower()
+    return _QUIET | {
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_API_HOST": host,
+        "PREFECT_SERVER_API_PORT": port,
+        "PREFECT_SERVER_UI_ENABLED": on,
+        # The newer page lets the browser ask an analytics service.
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": on,
+        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": on,
+        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": on,
+        # In memory, as is the default, a slot that is held while the server starts again is held for ever.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+    }
 
 
 @contextmanager
@@ -65,12 +92,7 @@ def _temporary_server(home: Path) -> Iterator[str]:
     home.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    environment = os.environ | {
-        "PREFECT_SERVER_API_HOST": "127.0.0.1",
-        "PREFECT_SERVER_API_PORT": str(port),
-        "PREFECT_SERVER_UI_ENABLED": "false",
-        "PREFECT_API_URL": url,
-    }
+    environment = os.environ | server_environment(url, with_page=False)
     with (
         tempfile.TemporaryFile() as log,
         supervised(
@@ -78,7 +100,7 @@ def _temporary_server(home: Path) -> Iterator[str]:
         ) as process,
     ):
         end = time.monotonic() + _SECONDS_TO_START
-        while not _answers(url):
+        while not answers(url):
             if process.poll() is not None or time.monotonic() > end:
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip().splitlines()
@@ -98,7 +120,8 @@ def _free_port() -> int:
         return port
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a healthy server is there."""
     with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=1) as reply:
         healthy: bool = reply.read() == b"true"
         return healthy

@@ -298,7 +298,12 @@ def _processes(launch: LaunchSettings) -> int:
 
 @contextmanager
 def supervised(
-    command: Sequence[str], environment: Mapping[str, str], *, output: int | IO[bytes], error: int | IO[bytes]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    output: int | IO[bytes],
+    error: int | IO[bytes],
+    folder: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command whose whole process tree ends with the block, or with this process, however that dies.
 
@@ -307,6 +312,7 @@ def supervised(
         environment: its environment.
         output: where its standard output goes, as for `subprocess.Popen`.
         error: where its standard error goes.
+        folder: its working directory. None: this process's.
     """
     lifeline, held_open = os.pipe()
     try:
@@ -316,6 +322,7 @@ def supervised(
             stdout=output,
             stderr=error,
             env=environment,
+            cwd=folder,
             pass_fds=[lifeline],
             # Ctrl-C reaches this process alone, which then asks the supervisor to end the tree in order.
             start_new_session=True,
