@@ -186,6 +186,24 @@ def fingerprint(model: nn.Module) -> str:
     return hasher.hexdigest()
 
 
+def require_unchanged(base: Base, before: str) -> None:
+    """Refuse the result of a stage that touched the base.
+
+    Args:
+        before: the base's fingerprint when the stage began.
+
+    Raises:
+        BaseModelError: it has another fingerprint now.
+    """
+    after = fingerprint(base.model)
+    if after != before:
+        raise BaseModelError(
+            f"the base changed during the stage (fingerprint {before[:12]} before, {after[:12]} after)",
+            where=f"base.model={base.identity.model}",
+            remedy="The result is not kept. This is a fault in trivet or in a library below it; please report it.",
+        )
+
+
 def _quantization_constants(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """What quantized weights are scaled by; bitsandbytes keeps it beside the parameters."""
     for name, module in model.named_modules():

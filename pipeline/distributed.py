@@ -8,9 +8,11 @@ the global token count then does not depend on the number of processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import TypeVar, cast
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
+import numpy
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -89,12 +91,30 @@ class World:
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
-    """Seed the global generators; with `deterministic`, ask torch for kernels that give the same bytes again.
+    """Seed the global generators; with `deterministic`, ask for kernels that give the same bytes again.
 
-    Sampling and shuffling do not use the global generators: their seeds are derived from what they are for.
+    PPO's sampling and shuffling do not use the global generators: their seeds are derived from what they are for.
     """
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+
+
+def random_states() -> dict[str, Any]:
+    """The states of the global generators of Python, numpy, torch, and of this process's CUDA device if it has one."""
+    states = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Put the global generators where `random_states` found them."""
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

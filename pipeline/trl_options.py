@@ -167,7 +167,6 @@ def _from_settings(stage: TrainerStage, config: PipelineConfig, output_dir: Path
         "use_cpu": not on_cuda,
         "dataloader_pin_memory": on_cuda,
         "seed": config.seed % 2**32,
-        "full_determinism": config.deterministic,
         "logging_steps": settings.log_every,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",

@@ -16,7 +16,7 @@ that give its scores mean 0 and variance 1 are stored with the adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,17 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import set_seed
 from trl import RewardTrainer
 
 from pipeline.artifacts import Manifest, read_manifest, require_same_base
-from pipeline.base_model import Base, fingerprint, load_base, load_tokenizer
+from pipeline.base_model import Base, fingerprint, load_base, load_tokenizer, require_unchanged
 from pipeline.batching import group_by_tokens, pad
 from pipeline.chat import ChatFormat
 from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_preferences, load_prompts, prompt_key
-from pipeline.errors import ArtifactError
+from pipeline.distributed import seed_everything
+from pipeline.errors import ArtifactError, DivergenceError
 from pipeline.generation import SamplingSettings, derive_seed, generate
 from pipeline.progress import progress
 from pipeline.records import Comparison, Text
@@ -47,16 +47,16 @@ from pipeline.scoring import score_rewards
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
 from stages.gates import reward_probe
+from stages.microbatches import Microbatch, cut_pairs
 from stages.pairs import HELD_OUT, Pair, correlation, held_out_metrics, score_pairs, tokenize, write_held_out
 from stages.result import StageClock, finish
+from stages.trl_trainer import StageTrainer
 from stages.trl_training import (
     TrainingReport,
-    WithoutModelCard,
     checkpoint_folder,
-    find_checkpoint,
+    open_checkpoints,
     padding_tokenizer,
     quiet_libraries,
-    require_unchanged_base,
     train,
 )
 
@@ -74,7 +74,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         ConfigError, DataError: before the base's weights are loaded.
         ArtifactError: there is no SFT adapter, or the reward adapter does not survive saving and loading.
         BaseModelError: the base cannot be used, or would have changed.
-        DivergenceError: a gradient that is not finite.
+        DivergenceError: a loss, gradient or score that is not finite.
+        OutOfMemoryError: not even one pair fits into memory.
     """
     clock = StageClock()
 
@@ -82,7 +83,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     config, settings = loaded.config, loaded.config.reward
     quiet_libraries()
     arguments = reward_arguments(config, checkpoint_folder("reward", run))
-    checkpoint = find_checkpoint("reward", loaded, run)
+    checkpoints = open_checkpoints("reward", loaded, run)
 
     # 2. Data, which is checked before the weights are loaded
     chat = ChatFormat(load_tokenizer(config.base))
@@ -95,14 +96,14 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     base_before = fingerprint(base.model)
     sft = run.stage("sft")
     require_same_base(read_manifest(sft), base.identity, sft)
-    set_seed(arguments.seed)
+    seed_everything(config.seed, deterministic=config.deterministic)
     model, _ = reward_model_for_training(base, config.lora, sft if settings.start_from == "sft" else None)
 
     # 4. Optimizer
     trainer = build_trainer(model, chat, arguments, train_pairs, held_out_pairs)
 
     # 5. Loop
-    train_loss = train(trainer, TrainingReport("reward", run), checkpoint)
+    train_loss = train(trainer, TrainingReport("reward", run), checkpoints)
 
     # 6. Result
     scoring_tokens = settings.microbatch_size * settings.max_length
@@ -112,9 +113,10 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     roles = as_roles(base, model, sft, run.working("reward") / "adapter", trainer.accelerator)
     require_same_scores(trained_scores, score_rewards(roles, sample, max_tokens=scoring_tokens))
     scores = score_pairs(roles, held_out_pairs, scoring_tokens)
+    require_finite(scores, "score of a held-out pair")
     calibration, calibration_metrics = calibrate(roles, prompts, config, scoring_tokens)
     probe = reward_probe(roles, sample)
-    require_unchanged_base(base, base_before)
+    require_unchanged(base, base_before)
 
     def save(folder: Path) -> None:
         roles.save("reward", folder)
@@ -158,8 +160,14 @@ def as_dataset(pairs: Sequence[Pair]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-class PairTrainer(WithoutModelCard, RewardTrainer):  # type: ignore[misc]
-    """TRL's trainer."""
+class PairTrainer(StageTrainer, RewardTrainer):  # type: ignore[misc]
+    """TRL's trainer of the reward model."""
+
+    stage = "reward"
+
+    def cut(self, inputs: Microbatch, rows: int) -> Iterable[tuple[Microbatch, float]]:
+        """Parts of at most so many pairs."""
+        return cut_pairs(inputs, rows)
 
 
 def build_trainer(
@@ -237,6 +245,20 @@ def require_same_scores(trained_B: Tensor, loaded_B: Tensor) -> None:
         )
 
 
+def require_finite(scores: Tensor, what: str) -> None:
+    """Refuse a reward model whose scores are no numbers.
+
+    Raises:
+        DivergenceError: one is infinite or NaN.
+    """
+    if not bool(scores.isfinite().all()):
+        raise DivergenceError(
+            f"a {what} is not finite",
+            where="reward",
+            remedy="Lower reward.learning_rate; with 16 bits, try base.dtype=float32. The adapter is not kept.",
+        )
+
+
 def calibrate(
     roles: Roles, prompts: Sequence[Sequence[int]], config: PipelineConfig, max_tokens: int
 ) -> tuple[Calibration, dict[str, float]]:
@@ -254,6 +276,7 @@ def calibrate(
         )
     sequences = [(*prompt, *response.ids) for prompt, response in zip(prompts, responses, strict=True)]
     raw_B = score_rewards(roles, sequences, max_tokens=max_tokens)
+    require_finite(raw_B, "score of the calibration")
     lengths_B = torch.tensor([len(response.ids) for response in responses])
     return Calibration.fit(raw_B), {
         "calibration_prompts": len(prompts),

@@ -14,23 +14,23 @@ reach it as token ids, made by the chat format that all stages share.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import set_seed
 from trl import SFTTrainer
 
 from pipeline.artifacts import Manifest, read_manifest
-from pipeline.base_model import fingerprint, load_base, load_tokenizer
+from pipeline.base_model import fingerprint, load_base, load_tokenizer, require_unchanged
 from pipeline.batching import group_by_tokens, pad
 from pipeline.chat import ChatFormat
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_instructions
-from pipeline.errors import ConfigError
+from pipeline.distributed import seed_everything
+from pipeline.errors import ConfigError, DivergenceError
 from pipeline.logprobs import token_logprobs
 from pipeline.progress import progress
 from pipeline.records import Demonstration, TokenizedExample
@@ -40,16 +40,16 @@ from pipeline.scalar_head import trunk_of
 from pipeline.scoring import LOGIT_CHUNK_TOKENS
 from pipeline.trl_options import sft_arguments
 from stages.command import stage_main
+from stages.microbatches import Microbatch, cut_rows, cut_sequence
 from stages.projection import IGNORED, project_only_targets
 from stages.result import StageClock, finish
+from stages.trl_trainer import StageTrainer
 from stages.trl_training import (
     TrainingReport,
-    WithoutModelCard,
     checkpoint_folder,
-    find_checkpoint,
+    open_checkpoints,
     padding_tokenizer,
     quiet_libraries,
-    require_unchanged_base,
     train,
 )
 
@@ -63,7 +63,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     Raises:
         ConfigError, DataError: before the base's weights are loaded.
         BaseModelError: the base cannot be used, or would have changed.
-        DivergenceError: a gradient that is not finite.
+        DivergenceError: a loss or gradient that is not finite.
+        OutOfMemoryError: not even one row fits into memory.
     """
     clock = StageClock()
 
@@ -71,7 +72,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     config, settings = loaded.config, loaded.config.sft
     quiet_libraries()
     arguments = sft_arguments(config, checkpoint_folder("sft", run))
-    checkpoint = find_checkpoint("sft", loaded, run)
+    checkpoints = open_checkpoints("sft", loaded, run)
 
     # 2. Data, which is checked before the weights are loaded
     chat = ChatFormat(load_tokenizer(config.base))
@@ -81,7 +82,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     # 3. Adapters
     base = load_base(config.base, arguments.device)
     base_before = fingerprint(base.model)
-    set_seed(arguments.seed)
+    seed_everything(config.seed, deterministic=config.deterministic)
     roles = Roles(base)
     roles.add_fresh("policy", config.lora)
     roles.set_trainable("policy")
@@ -93,11 +94,11 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     loss_before = held_out_loss(roles, None, held_out_rows, trainer.accelerator, eval_tokens)
 
     # 5. Loop
-    train_loss = train(trainer, TrainingReport("sft", run), checkpoint)
+    train_loss = train(trainer, TrainingReport("sft", run), checkpoints)
 
     # 6. Result
     loss_after = held_out_loss(roles, "policy", held_out_rows, trainer.accelerator, eval_tokens)
-    require_unchanged_base(base, base_before)
+    require_unchanged(base, base_before)
     metrics = {
         "train_loss": train_loss,
         "held_out_loss_before": loss_before,
@@ -143,11 +144,22 @@ def as_dataset(rows: Sequence[TokenizedExample]) -> Dataset:
     )
 
 
-class PolicyTrainer(WithoutModelCard, SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer, which finds role-named adapters in the best checkpoint as it does in the last one."""
+class PolicyTrainer(StageTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer of the policy.
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+    Args:
+        row_tokens: tokens of a row at the most; with packing, of the sequence that several rows share.
+    """
+
+    stage = "sft"
+
+    def __init__(self, *args: Any, row_tokens: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._row_tokens = row_tokens
+
+    def cut(self, inputs: Microbatch, rows: int) -> Iterable[tuple[Microbatch, float]]:
+        """Parts of at most so many rows."""
+        return cut_sequence(inputs, rows * self._row_tokens) if self.padding_free else cut_rows(inputs, rows)
 
 
 def build_trainer(
@@ -161,6 +173,7 @@ def build_trainer(
         train_dataset=as_dataset(train_rows),
         eval_dataset=as_dataset(held_out_rows) if held_out_rows else None,
         processing_class=padding_tokenizer(roles.base.chat),
+        row_tokens=arguments.max_length or max(len(row.ids) for row in train_rows),
     )
     # On a quantized base TRL rounds adapters to bfloat16, in which small updates are lost.
     for name, parameter in roles.parameters("policy").items():
@@ -221,6 +234,9 @@ def held_out_loss(
 
     Returns:
         the loss; None where there are no rows.
+
+    Raises:
+        DivergenceError: it is not finite.
     """
     if not rows:
         return None
@@ -239,6 +255,12 @@ def held_out_loss(
             sums -= torch.stack([logprobs_N.double().sum(), -said_BT.sum().double()])
             bar.advance(len(group))
     total, count = accelerator.reduce(sums, "sum").tolist()
+    if not math.isfinite(total):
+        raise DivergenceError(
+            "the held-out loss is not finite",
+            where="sft",
+            remedy="Lower sft.learning_rate, or look at the held-out rows; with 16 bits, try base.dtype=float32.",
+        )
     return float(total / count)
 
 

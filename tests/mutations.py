@@ -28,6 +28,7 @@ BASE, ARTIFACTS, RUN_DIRECTORY = (
 )
 RUN_LOCK, DISK = (f"tests/pipeline/test_{name}.py" for name in ("run_lock", "disk"))
 PPO, GATES, EVALUATE, PROCESSES = (f"tests/stages/test_{name}.py" for name in ("ppo", "gates", "evaluate", "processes"))
+TRL_RESUME = "tests/stages/test_trl_resume.py"
 PARITY = "tests/parity/test_ppo_step.py"
 SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
     f"tests/{name}.py"
@@ -567,8 +568,8 @@ TABLE = (
         (f"{SFT}::test_rows_that_would_see_each_other_are_refused",),
     ),
     Mutation(
-        "nobody looks whether training changed the base",
-        "stages/trl_training.py",
+        "nobody looks whether a stage changed the base",
+        "pipeline/base_model.py",
         "    if after != before:",
         "    if False:",
         (f"{SFT}::test_a_base_that_changed_is_refused",),
@@ -582,27 +583,87 @@ TABLE = (
     ),
     Mutation(
         "SFT and reward training go on with a gradient that is not finite",
-        "stages/trl_training.py",
-        "if not math.isfinite(norm):",
-        "if False:",
-        (
-            f"{SFT}::test_a_gradient_that_is_not_finite_stops_the_stage",
-            f"{REWARD}::test_a_gradient_that_is_not_finite_stops_the_stage",
-        ),
+        "stages/trl_trainer.py",
+        "        if not math.isfinite(float(nn.utils.get_total_norm(gradients))):",
+        "        if False:",
+        (f"{TRL_RESUME}::test_what_is_not_finite_stops_before_the_step",),
+    ),
+    Mutation(
+        "SFT and reward training look at the loss of a step's last microbatch alone",
+        "stages/trl_trainer.py",
+        "not all(math.isfinite(loss) for loss in losses)",
+        "not math.isfinite(losses[-1])",
+        (f"{TRL_RESUME}::test_what_is_not_finite_stops_before_the_step",),
     ),
     Mutation(
         "an interrupted SFT run starts anew",
         "stages/trl_training.py",
-        "None if checkpoint is None else str(checkpoint)",
-        "None",
-        (f"{SFT}::test_an_interrupted_run_resumes_and_ends_the_same",),
+        "folder = None if checkpoint is None else str(checkpoint.folder)",
+        "checkpoint = folder = None",
+        (f"{TRL_RESUME}::test_a_damaged_checkpoint_is_passed_over_for_the_one_before",),
     ),
     Mutation(
         "SFT resumes from a checkpoint of other settings",
         "stages/trl_training.py",
-        "            if not current:",
-        "            if False:",
+        "digest(stage_inputs(stage, loaded.config, run))",
+        "stage",
         (f"{SFT}::test_a_checkpoint_of_other_settings_is_not_resumed",),
+    ),
+    Mutation(
+        "a resumed training draws other random numbers",
+        "stages/trl_trainer.py",
+        '            restore_random_states(self._after_step["random"])',
+        "            pass",
+        (f"{TRL_RESUME}::test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes[sft]",),
+    ),
+    Mutation(
+        "a resumed training forgets its optimizer",
+        "stages/trl_trainer.py",
+        "            self.optimizer.load_state_dict(optimizer)",
+        "            pass",
+        (f"{TRL_RESUME}::test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes[sft]",),
+    ),
+    Mutation(
+        "a resumed training forgets the figures since the last line",
+        "stages/trl_trainer.py",
+        "        self._restore_figures(mine)",
+        "        pass",
+        (f"{TRL_RESUME}::test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes[sft]",),
+    ),
+    Mutation(
+        "a resumed training forgets the best adapter",
+        "stages/trl_trainer.py",
+        "            self._best = load_file(folder / _BEST)",
+        "            pass",
+        (f"{TRL_RESUME}::test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes[best]",),
+    ),
+    Mutation(
+        "what a failed backward pass left in the gradients stays",
+        "stages/trl_trainer.py",
+        "                parameter.grad = None",
+        "                pass",
+        (f"{TRL_RESUME}::test_a_microbatch_that_does_not_fit_is_halved",),
+    ),
+    Mutation(
+        "halves of a microbatch of pairs count twice",
+        "stages/trl_trainer.py",
+        "accumulated / share",
+        "accumulated",
+        (f"{TRL_RESUME}::test_a_microbatch_that_does_not_fit_is_halved[reward-forward]",),
+    ),
+    Mutation(
+        "a resumed training forgets that a microbatch did not fit",
+        "stages/trl_trainer.py",
+        'min(self._budget.size, mine["microbatch_size"])',
+        "self._budget.size",
+        (f"{TRL_RESUME}::test_a_microbatch_that_does_not_fit_is_halved",),
+    ),
+    Mutation(
+        "SFT and reward training stop without a checkpoint",
+        "stages/trl_trainer.py",
+        "            self._save(self._after_step)",
+        "            pass",
+        (f"{TRL_RESUME}::test_a_stage_that_is_asked_to_stop_writes_a_checkpoint",),
     ),
     Mutation(
         "TRL switches the adapter's dropout off",

@@ -21,7 +21,6 @@ from transformers import AutoModelForSequenceClassification
 
 import stages.reward as reward
 import stages.sft as sft
-import stages.trl_training as trl_training
 from pipeline.artifacts import Manifest
 from pipeline.base_model import load_base
 from pipeline.batching import pad
@@ -401,9 +400,29 @@ def test_bad_data_is_told_before_the_weights_are_loaded(tmp_path: Path, monkeypa
         run(loaded)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
+def test_a_training_that_diverges_stops_the_stage(tmp_path: Path) -> None:
     loaded = small_run(tmp_path, "reward.learning_rate=1e30", "reward.warmup_ratio=0")
     with pytest.raises(DivergenceError, match="not finite at step 2"):
+        run(loaded)
+    assert not folder_of(loaded).exists()
+
+
+@pytest.mark.parametrize("scored", ["score_pairs", "score_rewards"])
+def test_a_score_that_is_not_finite_stops_the_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scored: str
+) -> None:
+    loaded = small_run(tmp_path, "reward.max_steps=1")
+    own = getattr(reward, scored)
+    calls: list[None] = []
+
+    def spoilt(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(None)
+        scores: Tensor = own(*args, **kwargs)
+        # `score_rewards` first compares the scores before and after saving.
+        return scores if scored == "score_rewards" and len(calls) == 1 else scores / 0.0
+
+    monkeypatch.setattr(reward, scored, spoilt)
+    with pytest.raises(DivergenceError, match="is not finite"):
         run(loaded)
     assert not folder_of(loaded).exists()
 
@@ -425,32 +444,6 @@ def test_without_prompts_those_of_the_pairs_calibrate(tmp_path: Path) -> None:
 def test_a_correlation_with_what_does_not_vary_is_none() -> None:
     assert correlation(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])) == 0
     assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([6.0, 4.0, 2.0])) == pytest.approx(-1)
-
-
-class InterruptedHereError(Exception):
-    """Stands for a kill."""
-
-
-def test_an_interrupted_run_resumes_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = ("reward.max_steps=6", "reward.checkpoint_every=2", "reward.learning_rate=0.01", "lora.dropout=0.1")
-    straight, broken = small_run(tmp_path / "a", *settings), small_run(tmp_path / "b", *settings)
-    run(straight)
-    advance = trl_training.TrainingReport.on_step_end
-
-    def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        advance(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise InterruptedHereError
-
-    with monkeypatch.context() as patch, pytest.raises(InterruptedHereError):
-        patch.setattr(trl_training.TrainingReport, "on_step_end", interrupt)
-        run(broken)
-    run(broken)
-    for file in ("adapter_model.safetensors", "held_out.jsonl"):
-        one, other = ((folder_of(loaded) / file).read_text("latin-1") for loaded in (straight, broken))
-        assert one == other.replace(str(tmp_path / "b"), str(tmp_path / "a"))
-    rows = read_metrics(RunDirectory(broken.config.run_dir).metrics("reward"))
-    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}, key=lambda step: step or 0)
 
 
 def test_padding_ids_are_never_looked_at(tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, masking_utils
 
 import stages.sft as sft
-import stages.trl_training as trl_training
 from pipeline.artifacts import Manifest
-from pipeline.base_model import Base, fingerprint, load_base
+from pipeline.base_model import Base, fingerprint, load_base, require_unchanged
 from pipeline.config import LoraSettings, PipelineConfig
 from pipeline.config_file import LoadedConfig
 from pipeline.errors import BaseModelError, ConfigError, DataError, DivergenceError
@@ -216,10 +215,10 @@ def test_a_base_that_changed_is_refused(tmp_path: Path) -> None:
     base = loaded_tiny_base(tmp_path, quantization="nf4")
     before = fingerprint(base.model)
     policy(base)
-    trl_training.require_unchanged_base(base, before)
+    require_unchanged(base, before)
     next(base.model.parameters()).data[0, 0] += 1
-    with pytest.raises(BaseModelError, match="changed during training"):
-        trl_training.require_unchanged_base(base, before)
+    with pytest.raises(BaseModelError, match="changed during the stage"):
+        require_unchanged(base, before)
 
 
 # -- the stage
@@ -306,89 +305,42 @@ def test_nothing_is_printed_but_progress(tmp_path: Path, capfd: pytest.CaptureFi
     assert [line for line in foreign if "Loading weights" not in line and "Failed to load CPU gemm" not in line] == []
 
 
-def test_a_gradient_that_is_not_finite_stops_the_stage(tmp_path: Path) -> None:
+def test_a_training_that_diverges_stops_the_stage(tmp_path: Path) -> None:
     loaded = tiny_config(tmp_path, "sft.learning_rate=1e30", "sft.warmup_ratio=0")
     with pytest.raises(DivergenceError, match="not finite at step 2"):
         run(loaded)
     assert not RunDirectory(loaded.config.run_dir).stage("sft").exists()
 
 
-# -- interruption
-
-
-class InterruptedHereError(Exception):
-    """Stands for a kill."""
-
-
-def interrupt(loaded: LoadedConfig, step: int) -> None:
-    """Run until after a step's optimizer update, and no further."""
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == step:
-            raise InterruptedHereError
-
+@pytest.mark.parametrize("when", ["during", "after"])
+def test_a_held_out_loss_that_is_not_finite_stops_the_stage(tmp_path: Path, when: str) -> None:
+    evaluation = {"trl": {"eval_strategy": "steps", "eval_steps": 2}} if when == "during" else {}
+    settings = {"max_steps": 2, "batch_size": 4, "microbatch_size": 2, "max_length": 128, "warmup_ratio": 0.0}
+    loaded = tiny_config(tmp_path, sft=settings | {"learning_rate": 1e20, "lr_schedule": "linear"} | evaluation)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trl_training.TrainingReport, "on_step_end", on_step_end)
-        patch.setattr(trl_training.TrainingReport, "on_step_begin", on_step_end, raising=False)
-        with pytest.raises(InterruptedHereError):
+        # The first step's weights would make the second step's loss infinite.
+        patch.setattr(sft.PolicyTrainer, "_check_step", lambda *_: None)
+        with pytest.raises(DivergenceError, match="held-out loss is not finite" + (" at step 2" * (when == "during"))):
             run(loaded)
+    assert not RunDirectory(loaded.config.run_dir).stage("sft").exists()
+
+
+# -- what an earlier run left
 
 
 def adapter_bytes(loaded: LoadedConfig) -> bytes:
     return (RunDirectory(loaded.config.run_dir).stage("sft") / "adapter_model.safetensors").read_bytes()
 
 
-RESUMABLE = (
-    "sft.max_steps=8",
-    "sft.checkpoint_every=3",
-    "sft.keep_last=1",
-    "lora.dropout=0.1",
-    "sft.learning_rate=0.01",
-)
-
-
-def test_an_interrupted_run_resumes_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = tiny_config(tmp_path / "a", *RESUMABLE)
-    broken = tiny_config(tmp_path / "b", *RESUMABLE)
-    expected = run(straight).metrics
-    interrupt(broken, 5)
-    checkpoints = trl_training.checkpoint_folder("sft", RunDirectory(broken.config.run_dir))
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-3"]
-    (torn := checkpoints / "checkpoint-4").mkdir()
-    (torn / "trainer_state.json").write_text('{"global_step": ')
-    check, steps = trl_training.TrainingReport.on_pre_optimizer_step, []
-
-    def count(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        steps.append(state.global_step + 1)
-        check(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(trl_training.TrainingReport, "on_pre_optimizer_step", count)
-    manifest = run(broken)
-    assert steps == [4, 5, 6, 7, 8]
-    assert adapter_bytes(broken) == adapter_bytes(straight)
-    assert manifest.metrics == expected
-    rows = read_metrics(RunDirectory(broken.config.run_dir).metrics("sft"))
-    assert [row["step"] for row in rows] == [*range(1, 9)]
-    assert not checkpoints.exists()
-
-
-def test_a_run_that_is_interrupted_after_its_last_step_trains_no_further(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    straight, broken = tiny_config(tmp_path / "a", *RESUMABLE), tiny_config(tmp_path / "b", *RESUMABLE)
-    expected = run(straight).metrics
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(sft, "finish", None)
-        run(broken)
-    assert run(broken).metrics == expected
-    assert adapter_bytes(broken) == adapter_bytes(straight)
-
-
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path: Path) -> None:
-    straight = tiny_config(tmp_path / "a", *RESUMABLE, "lora.alpha=4")
+    settings = ("sft.max_steps=4", "sft.checkpoint_every=2", "sft.learning_rate=0.01")
+    straight = tiny_config(tmp_path / "a", *settings, "lora.alpha=4")
     run(straight)
-    interrupt(tiny_config(tmp_path / "b", *RESUMABLE), 5)
-    changed = tiny_config(tmp_path / "b", *RESUMABLE, "lora.alpha=4")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(sft, "finish", None)
+        run(tiny_config(tmp_path / "b", *settings))
+    changed = tiny_config(tmp_path / "b", *settings, "lora.alpha=4")
+    assert [path.name for path in (Path(changed.config.run_dir) / "working" / "sft" / "checkpoints").iterdir()]
     run(changed)
     assert adapter_bytes(changed) == adapter_bytes(straight)
 

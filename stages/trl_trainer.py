@@ -1,0 +1,285 @@
+"""What trivet changes in TRL's trainers: checkpoints, microbatches that fit into memory, and stopping.
+
+A checkpoint holds safetensors and JSON only, and everything that later steps depend on, so that a resumed training ends
+in the very bytes of one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+
+from pipeline.checkpoint import CheckpointFolder
+from pipeline.distributed import World, random_states, restore_random_states
+from pipeline.errors import DivergenceError
+from pipeline.memory_budget import MemoryBudget
+from pipeline.progress import is_main_process
+from pipeline.run_directory import StageName
+from pipeline.tensor_tree import load_tree, save_tree
+from stages.interruption import Interrupted, requested
+from stages.microbatches import Microbatch
+
+TRAINER_STATE = "trainer_state.json"
+"""What transformers reads the steps and the logged figures from."""
+_MODEL, _BEST, _OPTIMIZER, _PROCESSES = "model.safetensors", "best.safetensors", "optimizer", "processes"
+
+
+class StageTrainer(Trainer):  # type: ignore[misc]
+    """Put before a trainer of TRL's. `stage` and `cut` are the subclass's; `train` gives it its checkpoints."""
+
+    stage: StageName
+    checkpoints: CheckpointFolder | None = None
+    current_gradient_accumulation_steps: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.world = World()
+        super().__init__(*args, **kwargs)
+        self._budget = MemoryBudget(f"{self.stage}.microbatch_size", self.args.per_device_train_batch_size, self._say)
+        self._losses: list[Tensor] = []  # of this step's microbatches
+        self._loss_sum, self._loss_steps = 0.0, 0  # since the last line of metrics
+        self._best: dict[str, Tensor] = {}
+        self._after_step: dict[str, Any] = {}
+        self._saved_step = -1
+
+    def cut(self, inputs: Microbatch, rows: int) -> Iterable[tuple[Microbatch, float]]:
+        """Parts of a microbatch with at most so many rows, and each one's share of the whole's loss."""
+        raise NotImplementedError
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: checkpoints are working files, which nobody publishes."""
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    # -- steps
+
+    def training_step(self, model: nn.Module, inputs: Microbatch, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a microbatch, in parts where it does not fit; checks the step's last one.
+
+        Processes that hold the whole model work without each other until the step's gradients are complete, so that
+        one of them can run out of memory and try again while the others wait.
+
+        Raises:
+            DivergenceError: a loss or the gradient of the step is not finite.
+            OutOfMemoryError: not even one row fits.
+            Interrupted: the stage was asked to stop between two microbatches; a checkpoint has been written.
+        """
+        if self.world.size == 1 and requested():
+            self._save(self._after_step)
+            raise Interrupted
+        replicated = isinstance(model, DistributedDataParallel)
+        learning = list(self.learning().values())
+        gradients = [parameter.grad for parameter in learning]
+        figures, random, whole = self._figures(), random_states(), self._budget.size
+        accumulated = self.current_gradient_accumulation_steps
+        training_step: Any = super().training_step
+
+        def attempt(rows: int) -> Tensor:
+            for parameter in learning:
+                parameter.grad = None
+            if rows < whole:
+                self._restore_figures(figures)
+                restore_random_states(random)
+            losses = []
+            for part, share in self._parts(inputs, rows):
+                # A loss that is a mean over the microbatch counts with the part's share.
+                self.current_gradient_accumulation_steps = accumulated / share
+                losses.append(training_step(model, part, num_items_in_batch))
+            return torch.stack(losses).sum()
+
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "current_gradient_accumulation_steps", accumulated)
+            if replicated:
+                stack.enter_context(cast(DistributedDataParallel, model).no_sync())
+                stack.enter_context(_without_gathering(self.accelerator))
+            if replicated or self.world.size == 1:
+                loss = self._budget.fit(attempt, smallest=1, remedy=self._less_memory(inputs))
+            else:
+                loss = attempt(self._budget.size)
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        self._losses.append(loss)
+        if self.accelerator.sync_gradients:
+            if replicated:
+                self.world.sum_gradients(learning)
+                for parameter in learning:
+                    cast(Tensor, parameter.grad).div_(self.world.size)
+            self._check_step(learning)
+        return loss
+
+    def _parts(self, inputs: Microbatch, rows: int) -> Iterable[tuple[Microbatch, float]]:
+        """The whole microbatch, as long as it fits."""
+        return [(inputs, 1.0)] if rows >= self.args.per_device_train_batch_size else self.cut(inputs, rows)
+
+    def _check_step(self, learning: Iterable[nn.Parameter]) -> None:
+        losses = torch.stack(self._losses).tolist()
+        self._losses = []
+        self._loss_sum, self._loss_steps = self._loss_sum + sum(losses), self._loss_steps + 1
+        # All processes stop where one must: the others would wait for it.
+        if self.world.maximum(float(not all(math.isfinite(loss) for loss in losses))):
+            raise self._diverged("the loss")
+        gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
+        if not math.isfinite(float(nn.utils.get_total_norm(gradients))):
+            raise self._diverged("the gradient")
+
+    def _diverged(self, quantity: str) -> DivergenceError:
+        return DivergenceError(
+            f"{quantity} is not finite at step {self.state.global_step + 1}",
+            where=self.stage,
+            remedy=f"Lower {self.stage}.learning_rate or {self.stage}.max_grad_norm, or look at the rows of the"
+            " step. The last checkpoint is intact.",
+        )
+
+    def _less_memory(self, inputs: Microbatch) -> str:
+        tokens = inputs["input_ids"].shape[1]
+        recompute = "" if self.args.gradient_checkpointing else f"{self.stage}.gradient_checkpointing=true or "
+        return (
+            f"A single row of up to {tokens} tokens does not fit: set {self.stage}.max_length={max(8, tokens // 2)}"
+            f" (longer rows are left out), or {recompute}base.quantization=nf4."
+        )
+
+    def _say(self, line: str) -> None:
+        print(line if self.world.size == 1 else f"process {self.world.rank}: {line}", flush=True)
+
+    # -- figures
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's figures and the loss, as means over all steps since the last line, also those before a resume."""
+        if "loss" in logs:
+            total = float(self.world.sum(torch.tensor(self._loss_sum, dtype=torch.float64)))
+            logs["loss"] = total / self.world.size / max(1, self._loss_steps)
+            self._loss_sum, self._loss_steps = 0.0, 0
+        if self.world.size > 1 and self.model.training:
+            self._share_figures()
+        super().log(logs, *args, **kwargs)
+
+    def _share_figures(self) -> None:
+        """What each process saw by itself becomes the mean of all of them; tokens, their sum."""
+        figures = self._metrics["train"]
+        mine = {name: sum(values) / len(values) for name, values in figures.items()}
+        for name in mine:
+            total = float(self.world.sum(torch.tensor(mine[name], dtype=torch.float64)))
+            figures[name] = [total if name == "num_tokens" else total / self.world.size]
+
+    def _figures(self) -> dict[str, Any]:
+        figures = {name: list(values) for name, values in self._metrics["train"].items()}
+        return {"figures": figures, "tokens": self._total_train_tokens}
+
+    def _restore_figures(self, state: Mapping[str, Any]) -> None:
+        self._metrics["train"].clear()
+        self._metrics["train"].update({name: list(values) for name, values in state["figures"].items()})
+        self._total_train_tokens = state["tokens"]
+
+    # -- checkpoints
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._after_step = self._of_this_process()
+
+    def _of_this_process(self) -> dict[str, Any]:
+        """What differs between the processes."""
+        return {
+            "random": random_states(),
+            "loss": (self._loss_sum, self._loss_steps),
+            "microbatch_size": self._budget.size,
+            **self._figures(),
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._save(self._of_this_process())
+
+    def _save(self, of_this_process: dict[str, Any]) -> None:
+        """Write a checkpoint of the step that ended last; writes nothing where there is none yet."""
+        if self.checkpoints is None or not of_this_process or self._saved_step == self.state.global_step:
+            return
+        self.store_flos()
+        processes = self.world.gather([of_this_process])
+
+        def write(folder: Path) -> None:
+            _save_tensors(folder / _MODEL, self.learning())
+            if self._best:
+                _save_tensors(folder / _BEST, self._best)
+            save_tree(folder / _OPTIMIZER, [self.optimizer.state_dict(), self.lr_scheduler.state_dict()])
+            save_tree(folder / _PROCESSES, processes)
+            self.state.save_to_json(str(folder / TRAINER_STATE))
+
+        if self.world.is_main:
+            self.checkpoints.save(self.state.global_step, {}, write)
+        self._saved_step = self.state.global_step
+        self.world.wait()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self._restore(load_file(folder / _MODEL))
+        if (folder / _BEST).exists():
+            self._best = load_file(folder / _BEST)
+        processes = load_tree(folder / _PROCESSES)
+        if len(processes) != self.world.size:
+            say(
+                f"warning: the checkpoint is of {len(processes)} processes, this run has {self.world.size};"
+                " the result may differ from that of a run without an interruption"
+            )
+        mine = processes[self.world.rank % len(processes)]
+        self._loss_sum, self._loss_steps = mine["loss"]
+        self._budget.size = min(self._budget.size, mine["microbatch_size"])
+        self._restore_figures(mine)
+        self._after_step = mine
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            optimizer, scheduler = load_tree(Path(checkpoint) / _OPTIMIZER)
+            self.optimizer.load_state_dict(optimizer)
+            self.lr_scheduler.load_state_dict(scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random_states(self._after_step["random"])
+
+    # -- the best adapter, where TRL's options ask for it
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        is_best: bool = super()._determine_best_metric(*args, **kwargs)
+        if is_best and self.args.load_best_model_at_end:
+            self._best = {name: parameter.detach().cpu().clone() for name, parameter in self.learning().items()}
+        return is_best
+
+    def load_best(self) -> None:
+        """Go back to the adapter of the best evaluation, if there was one."""
+        self._restore(self._best)
+
+    @torch.no_grad()
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        learning = self.learning()
+        for name, tensor in tensors.items():
+            learning[name].copy_(tensor)
+
+
+def say(line: str) -> None:
+    """Print a line, once for all processes."""
+    if is_main_process():
+        print(line, flush=True)
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+@contextmanager
+def _without_gathering(accelerator: Any) -> Iterator[None]:
+    """TRL gathers its figures amid a microbatch, where a process that ran out of memory would not come."""
+    accelerator.gather = accelerator.gather_for_metrics = lambda value, *_, **__: value
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics
