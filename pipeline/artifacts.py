@@ -18,9 +18,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import ArtifactError, IncompatibleAdapterError
-from pipeline.run_directory import read_json, write_json
+from pipeline.run_directory import MANIFEST, read_json, write_json
 
-MANIFEST = "trivet.json"
 MANIFEST_VERSION = 1
 _CHECKSUM = "checksum"
 

@@ -31,6 +31,9 @@ from pipeline.run_lock import hold
 StageName = Literal["sft", "reward", "ppo", "evaluate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
+MANIFEST = "trivet.json"
+"""In the folder of every finished stage: all that is known of it."""
+
 LAYOUT_VERSION = 1
 """Raised when a newer trivet lays out a run in a way that this one would misread."""
 
@@ -125,12 +128,20 @@ class RunDirectory:
                     os.rename(left, self.stage(name))
                 else:
                     shutil.rmtree(left, ignore_errors=True)
+            self._drop_work_of_the_finished(name)
         for draft in self.root.glob("working/*/.draft-*"):
             shutil.rmtree(draft, ignore_errors=True)
         # Processes without the lock, such as a flow that writes its summary, may have files in the making.
         for draft in [*self.root.glob(".*.json-*"), *self.root.glob("metrics/.*.jsonl-*")]:
             if time.time() - draft.stat().st_mtime > _SECONDS_OF_A_FILE:
                 draft.unlink(missing_ok=True)
+
+    def _drop_work_of_the_finished(self, name: StageName) -> None:
+        """Drop what is older than the finished stage. Newer work is that of a stage that runs again."""
+        finished = self.stage(name) / MANIFEST
+        files = [path for path in self.working(name).rglob("*") if path.is_file()]
+        if finished.exists() and all(path.stat().st_mtime < finished.stat().st_mtime for path in files):
+            shutil.rmtree(self.working(name), ignore_errors=True)
 
     def stage(self, name: StageName) -> Path:
         """Folder of the finished stage; it exists only when the stage is whole."""
