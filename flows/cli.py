@@ -132,11 +132,12 @@ def data(config: Config, overrides: Overrides = None) -> None:
 
     from pipeline.base_model import load_tokenizer
     from pipeline.chat import ChatFormat
-    from pipeline.data_report import render_reports
+    from pipeline.data_report import render_reports, warnings
     from pipeline.datasets import load_instructions, load_preferences, load_prompts
 
     chat = ChatFormat(load_tokenizer(settings.base))
     console = Console()
+    instructions = preferences = prompts = None
     if settings.data.instructions.sources:
         instructions = load_instructions(settings.data, chat, settings.sft.max_length)
         console.print(*render_reports("Instructions", instructions), sep="\n")
@@ -149,6 +150,36 @@ def data(config: Config, overrides: Overrides = None) -> None:
     for kind in ("instructions", "preferences", "prompts"):
         if not getattr(settings.data, kind).sources:
             console.print(f"data.{kind}: no sources in the config.", highlight=False)
+    for warning in warnings(instructions, prompts, preferences):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+
+
+Note = Annotated[str, typer.Option("--note", help="Why, or by whom; kept in the history.")]
+
+
+@app.command()
+def promote(config: Config, overrides: Overrides = None, note: Note = "") -> None:
+    """Make the policy of a finished run that passed its gates the registry's current one."""
+    from flows.promotion import describe
+    from flows.promotion import promote as promote_run
+
+    event, new = promote_run(_load(config, overrides), note=note)
+    print(describe(event, new=new))
+
+
+@app.command()
+def rollback(
+    config: Config,
+    overrides: Overrides = None,
+    to: Annotated[int | None, typer.Option("--to", min=1, help="Version to go back to; the one before.")] = None,
+    note: Note = "",
+) -> None:
+    """Make an earlier version the registry's current one again."""
+    from flows.promotion import describe
+    from pipeline.registry import Registry
+
+    registry = Registry(_load(config, overrides).config.registry.folder)
+    print(describe(registry.rollback(to, note=note)))
 
 
 @app.command()

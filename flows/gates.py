@@ -64,7 +64,7 @@ def _of_the_evaluation(metrics: Mapping[str, Any], config: PipelineConfig) -> It
     if gates.min_win_rate is not None:
         judge = config.gate_judge
         figure = f"lower bound of the win rate against SFT by {judge}"
-        low = metrics["win_rate"][judge]["low"]
+        low = metrics["win_rate"].get(judge, {}).get("low")
         yield Verdict("gates.min_win_rate", figure, _number(low), gates.min_win_rate, "at least")
 
 

@@ -227,6 +227,9 @@ class GuardSettings(Section):
 class PPOSettings(Section):
     """Proximal policy optimization (stage 3; Schulman et al. 2017, Ouyang et al. 2022)."""
 
+    start_from: Literal["sft", "promoted"] = "sft"
+    """Where the policy starts: at SFT, or at the registry's current policy where there is one. The reference is SFT
+    either way. Another policy being promoted does not by itself make PPO run again."""
     iterations: int = Field(100, ge=1)
     """Rounds of sampling and updating."""
     max_steps: int | None = Field(None, ge=1)
@@ -357,6 +360,18 @@ class GateSettings(Section):
     """Whose win rate counts: `gold`, `reward_model` or a reward function's name. None: the first of these there is."""
 
 
+class RegistrySettings(Section):
+    """Where policies that passed all gates go. No result depends on these settings."""
+
+    folder: str = "registry"
+    """Folder of the registry, relative to the working directory, as `run_dir` is. Runs may share it."""
+    promote: Literal["never", "passed", "approved"] = "never"
+    """`passed`: a whole run that passed its gates makes its policy the current one. `approved`: if, besides, a person
+    says so on Prefect's page. `never`: only `trivet promote` does."""
+    approval_hours: float = Field(24.0, gt=0)
+    """For `approved`: how long a run waits for the person."""
+
+
 class PipelineConfig(Section):
     """Everything a run needs to know."""
 
@@ -375,6 +390,7 @@ class PipelineConfig(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     launch: LaunchSettings = LaunchSettings()
     gates: GateSettings = GateSettings()
+    registry: RegistrySettings = RegistrySettings()
 
     @property
     def judges(self) -> tuple[str, ...]:

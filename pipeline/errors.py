@@ -87,3 +87,7 @@ class GateError(TrivetError, RuntimeError):
 
 class DeviceLockError(TrivetError, OSError):
     """The lock of a device that several runs share cannot be opened."""
+
+
+class RegistryError(TrivetError, OSError):
+    """The registry of promoted policies is damaged, or has no such version."""

@@ -108,7 +108,7 @@ def ensure_stage(
     current, reason = find_current(stage, loaded, run)
     if current is not None and not force:
         on_line(f"{stage}: nothing to do; {reason}.")
-        return _result(stage, run, current, cached=True, reason=reason)
+        return stage_result(stage, run, current, cached=True, reason=reason)
     if current is not None:
         reason = "run again on demand"
     with device_lock(_device(loaded.config.launch), f"the {stage} stage of {run.root.resolve()}", on_line):
@@ -122,7 +122,7 @@ def ensure_stage(
             on_line=on_line,
             on_progress=on_progress,
         )
-    return _result(stage, run, read_manifest(run.stage(stage)), cached=False, reason=reason)
+    return stage_result(stage, run, read_manifest(run.stage(stage)), cached=False, reason=reason)
 
 
 def _device(launch: LaunchSettings) -> str | None:
@@ -131,7 +131,7 @@ def _device(launch: LaunchSettings) -> str | None:
     return launch.device
 
 
-def _result(stage: StageName, run: RunDirectory, manifest: Manifest, *, cached: bool, reason: str) -> StageResult:
+def stage_result(stage: StageName, run: RunDirectory, manifest: Manifest, *, cached: bool, reason: str) -> StageResult:
     return StageResult(
         stage=stage,
         path=str(run.stage(stage)),

@@ -43,6 +43,7 @@ from pipeline.kl import AdaptiveKL, FixedKL, KLController
 from pipeline.metrics import MetricsWriter
 from pipeline.progress import progress
 from pipeline.records import Prompt
+from pipeline.registry import Registry
 from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
@@ -80,12 +81,18 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     RewardSum(ppo.rewards, model_scores=None).probe(split.train)
     inputs_digest = digest(stage_inputs("ppo", config, run))
 
-    # Adapters: the reference is the SFT adapter, the policy starts as its copy.
+    # Adapters: the reference is the SFT adapter, the policy starts as its copy or at the promoted one.
     base = load_base(config.base, world.device)
     fingerprint_before = fingerprint(base.model)
     roles = Roles(base)
-    roles.add_from("reference", run.stage("sft"))
-    roles.copy("reference", "policy")
+    sft_digest = roles.add_from("reference", run.stage("sft")).digest
+    promoted = Registry(config.registry.folder).stage("ppo") if ppo.start_from == "promoted" else None
+    if promoted is None:
+        roles.copy("reference", "policy")
+        started_from = sft_digest
+    else:
+        started_from = roles.add_from("policy", promoted).digest
+        say(world, f"The policy starts at the promoted one, {promoted}.")
     calibration, measured = Calibration(), {}
     if config.needs_reward_model:
         reward_manifest = roles.add_from("reward", run.stage("reward"))
@@ -117,7 +124,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         say(world, f"Resuming after {position} of {ppo.iterations} iterations.")
 
     # Gates.
-    measured |= check_startup(roles, split.train, ppo, seed=config.seed, policy_is_reference=position == Position())
+    untouched = position == Position() and promoted is None
+    measured |= check_startup(roles, split.train, ppo, seed=config.seed, policy_is_reference=untouched)
     say(world, "Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
     state.gates = measured | (state.gates or {})
 
@@ -210,7 +218,13 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         save_learned(roles, ppo, folder)
 
     if world.is_main:
-        extra = {"gates": state.gates, "iterations": position.iteration, "published": published, "stopped": stopped}
+        extra = {
+            "gates": state.gates,
+            "iterations": position.iteration,
+            "published": published,
+            "stopped": stopped,
+            "started_from": started_from,
+        }
         finish("ppo", "policy", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save, extra=extra)
     world.wait()
     return read_manifest(run.stage("ppo"))
