@@ -12,6 +12,7 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
+from flows.approval import promote_policy
 from flows.page import page_only, show_run
 from flows.parameters import ConfigFile, Overrides
 from flows.summary import write_summary
@@ -31,7 +32,7 @@ def align(config: ConfigFile, overrides: Overrides = None, force: bool = False) 
     started = datetime.now(UTC)
     order = Order(config, tuple(overrides or ()), force)
     loaded = load_config(config, order.overrides)
-    require_good_input(loaded)
+    require_good_input(loaded, warn=get_run_logger().warning)
 
     sft = train_sft(order)
     reward = train_reward(order, sft) if loaded.config.trains_reward_model else None
@@ -41,6 +42,7 @@ def align(config: ConfigFile, overrides: Overrides = None, force: bool = False) 
     summary = write_summary(loaded, [sft, reward, ppo, judgement], started)
     with page_only(get_run_logger()):
         show_run(summary)
+    promote_policy(order, judgement)
     return summary
 
 

@@ -145,8 +145,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if isinstance(error, ConfigError):
             raise
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
+        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise ConfigError(
+            f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where, remedy=_yaml_remedy(error)
+        ) from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(
             "the file does not hold a mapping of settings",
@@ -154,6 +156,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             remedy="Start from configs/quickstart.yaml.",
         )
     return tree
+
+
+def _yaml_remedy(error: Exception) -> str:
+    """What most often is wrong where YAML gives up."""
+    said = str(error)
+    if "\\t" in said:
+        return "Indent with spaces; YAML allows no tabs."
+    if "mapping values are not allowed" in said:
+        return 'Put the value in quotes if it holds a colon, "like: this"; otherwise see to the indentation above.'
+    if isinstance(error, RecursionError):
+        return "Nest it less deeply."
+    return "See to the indentation, colons, quotes and brackets there and in the line above."
 
 
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[str]:
@@ -173,8 +187,11 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[str]
         seen[key] = text
         try:
             value = yaml.load(text, _StrictLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of the override '{override}' is not valid YAML: {error}") from None
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(
+                f"the value of the override '{override}' is not valid YAML: {getattr(error, 'problem', None) or error}",
+                remedy="Quote it for the shell and for YAML: 'key=\"value: with a colon\"'.",
+            ) from None
         *parents, last = key.split(".")
         node = tree
         for depth, parent in enumerate(parents):

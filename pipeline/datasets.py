@@ -308,7 +308,15 @@ def _mix(sources: Sequence[_Source[Record]], where: str) -> None:
             )
     unit = min(len(source.kept) / weight for source, weight in zip(sources, weights, strict=True))
     for source, weight in zip(sources, weights, strict=True):
-        source.keep_only(int(weight * unit), "over its weight")
+        share = int(weight * unit)
+        if share == 0:
+            raise DataError(
+                f"{source.settings.path} would have no row in the mix: its weight {source.settings.weight:g} stands for"
+                f" {float(weight * unit):.2g} rows, as the smallest source beside it has no more to give",
+                where=where,
+                remedy="Raise its weight, lower the others', or take it out.",
+            )
+        source.keep_only(share, "over its weight")
 
 
 def _held_out_keys(keys: set[str], fraction: float) -> set[str]:

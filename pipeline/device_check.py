@@ -34,7 +34,7 @@ def devices() -> list[Device]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(_tested(f"cuda:{index}", properties.name, properties.total_memory))
-    found.append(_tested("cpu", f"{torch.get_num_threads()} thread(s)", None))
+    found.append(_tested("cpu", f"{torch.backends.cpu.get_cpu_capability()} instructions", None))
     return found
 
 

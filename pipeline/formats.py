@@ -348,7 +348,7 @@ def _from_pair_alone(row: Row, source: str) -> Comparison | Dropped:
 
 PREFERENCE_FORMATS: tuple[Format[Comparison], ...] = (
     Format("prompt/chosen/rejected", ("prompt", "chosen", "rejected"), _from_pair_with_prompt),
-    Format("chosen/rejected with the prompt in both", ("chosen", "rejected"), _from_pair_alone),
+    Format("chosen/rejected", ("chosen", "rejected"), _from_pair_alone),
 )
 
 

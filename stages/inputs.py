@@ -79,7 +79,9 @@ def _settings(stage: StageName, config: PipelineConfig) -> dict[str, Any]:
     if stage in ("sft", "reward"):
         sections["lora"] = config.lora.model_dump(mode="json")
     if stage in ("reward", "evaluate"):
-        keys = ("max_new_tokens", "temperature", "top_k", "top_p", "max_prompt_tokens")
+        keys = ["max_new_tokens", "temperature", "top_k", "top_p", "max_prompt_tokens"]
+        # Answers that are sampled together share a seed; the evaluation has a batch size of its own.
+        keys += ["generation_batch_size"] if stage == "reward" else []
         sections["sampling"] = {key: getattr(config.ppo, key) for key in keys}
     if stage == "ppo":
         for entry, source in zip(sections["ppo"]["rewards"], config.ppo.rewards, strict=True):

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import errors
@@ -22,9 +23,14 @@ from stages.command import leave_message
 from stages.inputs import find_current, stages_of
 from stages.launch import ERROR_FILE_VARIABLE, child_environment, supervised
 
+_WARNING = "warning: "
 
-def require_good_input(loaded: LoadedConfig) -> None:
+
+def require_good_input(loaded: LoadedConfig, warn: Callable[[str], None] = print) -> None:
     """Check the input of all stages in another process, unless there is nothing left to run.
+
+    Args:
+        warn: told what is allowed but seldom meant, a line each.
 
     Raises:
         TrivetError: what `check` raises there.
@@ -39,6 +45,9 @@ def require_good_input(loaded: LoadedConfig) -> None:
         with supervised(command, environment, output=subprocess.PIPE, error=subprocess.STDOUT) as process:
             output, _ = process.communicate()
         if process.returncode == 0:
+            for line in output.decode(errors="replace").splitlines():
+                if line.startswith(_WARNING):
+                    warn(line)
             return
         if not message.exists():
             said = output.decode(errors="replace")[-2000:]
@@ -48,14 +57,15 @@ def require_good_input(loaded: LoadedConfig) -> None:
     raise kind(found["problem"], where=found["where"], remedy=found["remedy"])
 
 
-def check(loaded: LoadedConfig) -> None:
-    """Read all that the stages will read, short of the models.
+def check(loaded: LoadedConfig) -> list[str]:
+    """Read all that the stages will read, short of the models; returns what is allowed but seldom meant.
 
     Raises:
         TrivetError: the first fault; its kind says whether config, base, data or a function is to blame.
     """
     from pipeline.base_model import load_tokenizer
     from pipeline.chat import ChatFormat
+    from pipeline.data_report import warnings
     from pipeline.datasets import load_instructions, load_preferences, load_prompts
     from pipeline.rewards import RewardFunction, RewardSum
     from pipeline.trl_options import check_trl_options
@@ -72,19 +82,22 @@ def check(loaded: LoadedConfig) -> None:
     gold = config.evaluate.gold and RewardFunction(config.evaluate.gold, what="gold function")
     chat = ChatFormat(load_tokenizer(config.base))
     assert chat.eos_token_id >= 0  # reading it is the check
-    load_instructions(config.data, chat, config.sft.max_length)
+    instructions = load_instructions(config.data, chat, config.sft.max_length)
+    preferences = None
     if config.trains_reward_model:
-        load_preferences(config.data, chat, config.reward.max_length)
+        preferences = load_preferences(config.data, chat, config.reward.max_length)
     prompts = load_prompts(config.data, chat, config.ppo.max_prompt_tokens)
     rewards.probe(prompts.train)
     if gold:
         gold.probe(prompts.held_out)
+    return list(warnings(instructions, prompts, preferences))
 
 
 def main() -> None:
     """Command line: see the module's docstring."""
     try:
-        check(load_config(sys.argv[1], sys.argv[2:]))
+        for warning in check(load_config(sys.argv[1], sys.argv[2:])):
+            print(_WARNING + warning)
     except TrivetError as error:
         if not leave_message(error):
             print(error, file=sys.stderr)

@@ -180,6 +180,22 @@ def test_a_broken_file_is_refused(tmp_path: Path, text: str, expected: str) -> N
     assert "run.yaml" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "remedy"),
+    [
+        ("run_dir: a\nbase:\n\tmodel: m", "line 3, column 1", "no tabs"),
+        ("run_dir: a: b", "line 1, column 11", "quotes"),
+        ("run_dir: [a\nbase: m", "line 2, column 5", "brackets"),
+        ("base: " + "[" * 5000, "run.yaml", "less deeply"),
+    ],
+)
+def test_yaml_that_cannot_be_read_comes_with_its_place_and_a_way_out(
+    tmp_path: Path, text: str, place: str, remedy: str
+) -> None:
+    said, _, advice = fault(tmp_path, text=text).partition("\n  -> ")
+    assert place in said and "not valid YAML" in said and remedy in advice
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot read the config: No such file"):
         load_config(tmp_path / "absent.yaml")

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tiny import tiny_tokenizer
 
 from pipeline.chat import ChatFormat
 from pipeline.config import DataSet, DataSettings, DataSource
-from pipeline.data_report import render_reports
+from pipeline.data_report import render_reports, warnings
 from pipeline.datasets import Split, fingerprint, load_instructions, load_preferences, load_prompts, prompt_key
 from pipeline.errors import DataError
 from pipeline.records import Comparison, Demonstration, Message, Prompt, as_plain
@@ -743,7 +744,9 @@ def test_a_mix_has_the_proportions_of_its_weights(
     exact = [Fraction(Decimal(str(weight))) for weight in weights[: len(sizes)]]
     unit = min(size / weight for size, weight in zip(sizes, exact, strict=True))
     expected = [int(weight * unit) for weight in exact]
-    if sum(expected) < 2:
+    if 0 in expected:
+        with pytest.raises(DataError, match=rf"{expected.index(0)}\.jsonl would have no row in the mix"):
+            load_prompts(settings_for("prompts", sources))
         return
     split = load_prompts(settings_for("prompts", sources))
     counted(split)
@@ -835,6 +838,52 @@ def test_the_report_shows_every_source_and_the_lengths(tmp_path: Path) -> None:
         assert expected in text
     assert str(tmp_path) not in text
     assert len(render_reports("instructions", load_instructions(settings_for("instructions", path)))) == 1
+
+
+def test_the_table_fits_a_terminal_of_100_columns_with_each_format_on_one_line(tmp_path: Path) -> None:
+    rows = [{side: f"\n\nHuman: {n}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for n in range(9)]
+    path = write(tmp_path, rows, "a_file_with_a_name_that_is_rather_long_for_a_table.jsonl")
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render_reports("preferences", load_preferences(settings_for("preferences", path)))[0])
+    text = console.export_text()
+    assert "│ chosen/rejected │" in text and max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("taught", "asked", "words"),
+    [
+        ("chat", "chat", None),
+        ("plain", "plain", None),
+        ("chat", "plain", "have a plain-text prompt"),
+        ("plain", "chat", "never saw the template"),
+        ("mixed", "chat", "data.instructions mixes 5 plain-text rows with 5 conversations"),
+    ],
+)
+def test_a_policy_that_is_asked_in_another_form_than_it_learned_brings_a_warning(
+    tmp_path: Path, taught: str, asked: str, words: str | None
+) -> None:
+    def prompt(form: str, number: int) -> Any:
+        plain = form == "plain" or (form == "mixed" and number % 2)
+        return f"Q{number}" if plain else [user(f"Q{number}")]
+
+    def settings(kind: str, **columns: str) -> DataSettings:
+        form = taught if kind == "instructions" else asked
+        rows = [{"prompt": prompt(form, number), **columns} for number in range(10)]
+        return settings_for(kind, write(tmp_path, rows, f"{kind}.jsonl"), held_out=0.5)
+
+    instructions = load_instructions(settings("instructions", completion="A"))
+    prompts = load_prompts(settings("prompts"))
+    preferences = load_preferences(settings("preferences", chosen="A", rejected="B"))
+    # Half of the rows are held out by hashes: a mixture has to be one among those that are trained on.
+    found = list(
+        warnings(replace(instructions, train=instructions.train + instructions.held_out), prompts, preferences)
+    )
+    if words is None:
+        assert found == []
+    else:
+        assert words in found[0] and len(found) == (1 if taught == "mixed" else 2)
+        assert taught == "mixed" or all("10 of 10 rows" in warning for warning in found)
+    assert not list(warnings(None, prompts, preferences)) and len(list(warnings(instructions, None, None))) <= 1
 
 
 def test_data_is_read_without_torch_or_transformers(tmp_path: Path) -> None:

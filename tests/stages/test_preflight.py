@@ -34,7 +34,14 @@ def test_a_gold_function_that_returns_nan_is_found(tmp_path):
 
 
 def test_another_process_finds_the_same_and_says_so_as_the_same_error(tmp_path):
-    require_good_input(tiny_config(tmp_path))
+    require_good_input(tiny_config(tmp_path), warn=pytest.fail)
     with pytest.raises(DataError, match=r"nope\.jsonl") as caught:
         require_good_input(tiny_config(tmp_path, "data.prompts.sources=[nope.jsonl]"))
     assert caught.value.remedy
+
+
+def test_what_is_seldom_meant_is_said_and_does_not_stop_the_run(tmp_path):
+    (tmp_path / "plain.jsonl").write_text("".join(f'{{"prompt": "word {n}"}}\n' for n in range(8)))
+    said: list[str] = []
+    require_good_input(tiny_config(tmp_path, "data.prompts.sources=[plain.jsonl]"), warn=said.append)
+    assert len(said) == 1 and said[0].startswith("warning: 8 of 8 rows of data.prompts have a plain-text prompt")

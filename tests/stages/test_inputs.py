@@ -1,0 +1,64 @@
+"""What a stage's result follows from: each setting that changes it, and none that does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from finished_stages import light_config, publish_all
+
+from pipeline.artifacts import digest
+from pipeline.config_file import load_config
+from pipeline.run_directory import STAGES, RunDirectory
+from stages.inputs import find_current, stage_inputs
+
+# What a setting changes by itself; the stages after that follow by their parents' digests.
+CHANGES = [
+    ("seed=7", {"sft", "reward", "ppo", "evaluate"}),
+    ("sft.epochs=2", {"sft"}),
+    ("sft.log_every=50", set()),
+    ("lora.rank=4", {"sft", "reward"}),
+    ("reward.calibration_prompts=16", {"reward"}),
+    ("ppo.generation_batch_size=8", {"reward", "ppo"}),
+    ("ppo.temperature=0.5", {"reward", "ppo", "evaluate"}),
+    ("ppo.learning_rate=0.5", {"ppo"}),
+    ("ppo.checkpoint_every=50", set()),
+    ("evaluate.batch_size=8", {"evaluate"}),
+    ("data.allow_special_tokens=true", {"sft", "reward", "ppo", "evaluate"}),
+    ("base.cache_dir=elsewhere", set()),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = light_config(tmp_path_factory.mktemp("inputs"))
+    publish_all(path)
+    return path
+
+
+@pytest.mark.parametrize(("override", "changed"), CHANGES)
+def test_a_setting_changes_the_stages_whose_result_follows_from_it(
+    finished: Path, override: str, changed: set[str]
+) -> None:
+    before, after = load_config(finished).config, load_config(finished, [override]).config
+    run = RunDirectory(before.run_dir)
+    found = {
+        stage for stage in STAGES if digest(stage_inputs(stage, before, run)) != digest(stage_inputs(stage, after, run))
+    }
+    assert found == changed
+
+
+def test_a_result_whose_figures_were_edited_is_made_again(finished: Path) -> None:
+    loaded = load_config(finished)
+    run = RunDirectory(loaded.config.run_dir)
+    manifest = run.stage("reward") / "trivet.json"
+    right = manifest.read_text()
+    assert find_current("reward", loaded, run)[0] is not None
+    manifest.write_text(right.replace("0.75", "0.95"))
+    try:
+        assert find_current("reward", loaded, run) == (
+            None,
+            "its result cannot be used: its content was edited: the checksum does not fit",
+        )
+    finally:
+        manifest.write_text(right)
