@@ -19,11 +19,12 @@ from uuid import UUID
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
 from flows.curves import as_markdown, draw, read_curves
-from flows.summary import SAMPLES, as_text, key_figures
+from flows.summary import SAMPLES, as_text, figures_of, key_figures
 from pipeline.artifacts import read_manifest
 from pipeline.memory import megabytes
 from pipeline.progress import ProgressUpdate, duration
 from pipeline.run_directory import RunDirectory, StageName
+from stages.launch import StageResult
 
 _SECONDS_BETWEEN_UPDATES = 5.0
 _MOST_LINES = 500
@@ -129,6 +130,12 @@ def show_curves(stage: StageName, run: RunDirectory) -> None:
         return
     if curves := read_curves(run.metrics(stage), _CURVES[stage]):
         create_markdown_artifact(as_markdown(draw(curves), f"Curves of {stage}"), key=f"curves-{stage}")
+
+
+def show_figures(key: str, title: str, result: StageResult) -> None:
+    """A stage's figures under a title, for a person who has to decide."""
+    rows = "".join(f"\n| {_cell(name)} | {_cell(value)} |" for name, value in figures_of(result.metrics))
+    create_markdown_artifact(f"## {title}\n\n| figure | value |\n|---|---|{rows}", key=key)
 
 
 def show_run(summary: Mapping[str, Any]) -> None:

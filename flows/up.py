@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 POOL = "gpu-box"
 """The work pool of prefect.yaml."""
 
+_AT_WORK = ("RUNNING", "PENDING", "PAUSED")
 _MOST_STARTS = 5
 """A run that lost its process so often is left alone: it may be what brings the machine down."""
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -225,14 +226,14 @@ class _Queue:
     def look(self) -> None:
         """Remember which runs are at work now."""
         with _client() as client:
-            self._seen = {run.id for run in _runs(client, ("RUNNING", "PENDING"))}
+            self._seen = {run.id for run in _runs(client, _AT_WORK)}
 
     def put_back(self) -> None:
         """While no worker runs: put the runs back into the queue that were at work, and finish cancelled ones."""
         from prefect.states import Cancelled, Crashed, Scheduled
 
         with _client() as client:
-            lost = {run.id: run for run in _runs(client, ("RUNNING", "PENDING"))}
+            lost = {run.id: run for run in _runs(client, _AT_WORK)}
             lost |= {run.id: run for run in _runs(client, ("CRASHED",)) if run.id in self._seen}
             for run in lost.values():
                 if run.run_count >= _MOST_STARTS:

@@ -37,6 +37,7 @@ from pipeline.run_directory import RunDirectory, StageName
 from stages.device_lock import device_lock
 from stages.inputs import find_current
 from stages.interruption import StoppedInOrder
+from stages.redaction import redaction
 
 ERROR_FILE_VARIABLE = "TRIVET_ERROR_FILE"
 """Environment variable: where a stage that fails says why, as JSON."""
@@ -366,7 +367,8 @@ def _run_supervised(
 def _pass_on(
     lines: Iterable[str], log: TextIO, on_line: Callable[[str], None], on_progress: Callable[[ProgressUpdate], None]
 ) -> None:
-    for line in _without_foreign_bars(lines):
+    hide_secrets = redaction(os.environ)
+    for line in _without_foreign_bars(map(hide_secrets, lines)):
         update, rest = parse_machine_line(line)
         if update is not None:
             on_progress(update)
@@ -437,7 +439,7 @@ def _was_killed(code: int, launcher_report: Sequence[str]) -> bool:
 def _told(error_path: Path) -> dict[str, Any]:
     """What the stage said of its end; empty where it said nothing."""
     with contextlib.suppress(OSError, ValueError):
-        told: dict[str, Any] = json.loads(error_path.read_text(encoding="utf-8"))
+        told: dict[str, Any] = json.loads(redaction(os.environ)(error_path.read_text(encoding="utf-8")))
         return told
     return {}
 

@@ -109,11 +109,13 @@ def test_a_stage_reports_to_its_parent(
             "arguments": sys.argv[1:], "safe": sys.flags.safe_path, "threads": torch.get_num_threads(),
             "stages": stages.__file__, "prefect": [key for key in os.environ if key.startswith("PREFECT_")],
             "world": os.environ.get("WORLD_SIZE", "1"), "stdin": sys.stdin.read(),
+            "token": os.environ["HF_TOKEN"],
         }))
         """
     )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "user:secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     monkeypatch.chdir(tmp_path)
     log = tmp_path / "logs" / "sft.log"
     log.parent.mkdir()
@@ -125,6 +127,8 @@ def test_a_stage_reports_to_its_parent(
     assert seen.lines.count("a line") == 3
     assert sum("Loading" in line for line in seen.lines) == 1
     told = json.loads(seen.lines[-1])
+    assert told["token"] == "<HF_TOKEN>"
+    assert "hf_0123456789" not in seen.log
     assert told["arguments"] == [str(tmp_path / "run.yaml"), "a.b=1", "--force"]
     assert told["stages"] == str(ROOT / "stages" / "__init__.py")
     assert told["threads"] == available_cores()
