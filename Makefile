@@ -24,8 +24,9 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## time one PPO iteration by phase
+bench: $(STAMP) ## time one PPO iteration by phase, and what Prefect adds to a run
 	$(BIN)/python benchmarks/ppo_iteration.py
+	$(BIN)/python benchmarks/prefect_overhead.py
 
 environment: $(STAMP) ## only set up .venv
 

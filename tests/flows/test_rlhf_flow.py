@@ -19,8 +19,10 @@ from tiny_models import tiny_config
 
 from flows.display import Display, RunLogHandler, current_display, showing
 from flows.summary import figures_of, key_figures, show_summary, write_summary
+from pipeline.artifacts import read_manifest
 from pipeline.config_file import load_config
 from pipeline.progress import ProgressUpdate
+from pipeline.registry import Registry
 from pipeline.run_directory import RunDirectory
 from stages.interruption import EXIT_INTERRUPTED
 from stages.launch import StageResult
@@ -55,7 +57,7 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 from flows.rlhf import rlhf
-summary = rlhf({str(bare_path)!r}, [], False)
+summary = rlhf({str(bare_path)!r}, ["registry.promote=passed", {f"registry.folder={tmp_path}/registry"!r}], False)
 assert list(summary["stages"]) == ["sft", "ppo", "evaluate"], summary
 assert "torch" not in sys.modules
 """
@@ -81,6 +83,9 @@ assert "torch" not in sys.modules
         assert text in done.stdout
     assert "win_rate.gold  0.7 [0.52, 0.83, n=32]" in done.stdout
     assert not (tmp_path / "run" / "logs").exists()
+    promoted = Registry(tmp_path / "registry").current
+    assert promoted is not None
+    assert promoted.digest == read_manifest(tmp_path / "other" / "run" / "ppo").digest
     # Neither Prefect's own chatter, nor log lines that could not be delivered, nor a server left behind.
     assert [line for line in done.stderr.splitlines() if "nothing to do" not in line] == []
     assert "Beginning flow run" not in done.stdout
