@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ from pipeline.distributed import World, seed_everything
 from pipeline.generation import SamplingSettings
 from pipeline.memory import peak_memory_bytes, reset_peak
 from pipeline.records import Message, Origin, Prompt
-from pipeline.rewards import RewardSum
+from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Roles
-from pipeline.scoring import score_rewards
-from stages.experience import Budgets, collect
+from stages.experience import Budgets, collect, reward_model_scores
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.round_metrics import round_metrics
 from stages.update import Updater
@@ -74,12 +72,9 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
 
-    def model_scores(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        return score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens)
-
-    rewards = RewardSum(ppo.rewards, model_scores)
-    optimizer = make_optimizer(roles, ppo)
     budgets = Budgets.of(ppo)
+    rewards = RewardSum(ppo.rewards, reward_model_scores(roles, Calibration(), budgets))
+    optimizer = make_optimizer(roles, ppo)
     updater = Updater(roles, optimizer, ppo, seed=0, world=world, budgets=budgets)
     prompts = workload()
     sampling = SamplingSettings(NEW_TOKENS, batch_size=PROMPTS, ignore_eos=True)

@@ -30,12 +30,13 @@ class MemoryBudget:
     def __init__(self, setting: str, size: int, say: Callable[[str], None]) -> None:
         self.setting, self.size, self._say = setting, size, say
 
-    def fit(self, work: Callable[[int], Result], *, smallest: int, remedy: str) -> Result:
+    def fit(self, work: Callable[[int], Result], *, smallest: int, whole: int, remedy: str) -> Result:
         """Do the work at the present size; after each lack of memory again at half of it.
 
         Args:
             work: takes the size, and can be done again from its start.
             smallest: the size below which nothing gets smaller: the longest sequence, or 1 response.
+            whole: the size at which the work is done in one part.
             remedy: what to do where even that does not fit.
 
         Raises:
@@ -56,7 +57,7 @@ class MemoryBudget:
                     where=self.setting,
                     remedy=remedy,
                 )
-            halved = max(smallest, self.size // 2)
+            halved = max(smallest, min(self.size, whole) // 2)
             self._say(f"Out of memory with {self.setting}={self.size}; going on with {halved}.")
             self.size = halved
 

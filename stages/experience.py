@@ -8,7 +8,7 @@ Shape legend: B response of this process, T response token (padded on the right)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -25,9 +25,9 @@ from pipeline.kl import kl_k1, kl_k3
 from pipeline.masking import length_mask, whiten
 from pipeline.memory_budget import MemoryBudget
 from pipeline.records import Prompt
-from pipeline.rewards import RewardSum
+from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Role, Roles
-from pipeline.scoring import Episode, score_logprobs, score_values
+from pipeline.scoring import Episode, score_logprobs, score_rewards, score_values
 from stages.interruption import stop_alone
 
 Result = TypeVar("Result")
@@ -93,7 +93,7 @@ class Budgets:
             MemoryBudget("ppo.generation_batch_size", ppo.generation_batch_size, say),
         )
 
-    def fit_sequences(self, lengths: Iterable[int], work: Callable[[int], Result]) -> Result:
+    def fit_sequences(self, lengths: Sequence[int], work: Callable[[int], Result]) -> Result:
         """Do work on sequences of these lengths in parts of as many tokens as memory allows.
 
         Args:
@@ -106,9 +106,24 @@ class Budgets:
         return self.tokens.fit(
             work,
             smallest=longest,
+            whole=longest * len(lengths),
             remedy=f"One sequence of {longest} tokens does not fit: lower ppo.max_prompt_tokens + ppo.max_new_tokens"
             f" to {longest // 2}, or set ppo.gradient_checkpointing=true, base.quantization=nf4.",
         )
+
+
+def reward_model_scores(
+    roles: Roles, calibration: Calibration, budgets: Budgets
+) -> Callable[[Sequence[Sequence[int]]], Tensor]:
+    """The reward adapter as a term of the reward: standardised scores [B] of whole sequences, as memory allows."""
+
+    def scores(sequences: Sequence[Sequence[int]]) -> Tensor:
+        lengths = [len(ids) for ids in sequences]
+        return calibration.apply(
+            budgets.fit_sequences(lengths, lambda most: score_rewards(roles, sequences, max_tokens=most))
+        )
+
+    return scores
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,7 @@ def answer(
             on_token=lambda: stop_alone(world),
         ),
         smallest=1,
+        whole=len(prompts),
         remedy=f"One response does not fit: lower ppo.max_new_tokens to {sampling.max_new_tokens // 2}, or"
         " ppo.max_prompt_tokens.",
     )

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from pipeline.artifacts import Manifest, digest, read_manifest
-from pipeline.base_model import fingerprint, load_base, load_tokenizer
+from pipeline.base_model import fingerprint, load_base, load_tokenizer, require_unchanged
 from pipeline.chat import ChatFormat
 from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig
@@ -35,7 +35,6 @@ from pipeline.errors import (
     DivergenceError,
     OutOfMemoryError,
     RewardFunctionError,
-    StartupGateError,
     TrivetError,
 )
 from pipeline.generation import derive_seed
@@ -47,9 +46,8 @@ from pipeline.registry import Registry
 from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
-from pipeline.scoring import score_rewards
 from stages.command import stage_main
-from stages.experience import Budgets, collect
+from stages.experience import Budgets, collect, reward_model_scores
 from stages.gates import check_reward_round_trip, check_startup
 from stages.inputs import stage_inputs
 from stages.interruption import Interrupted, deferred
@@ -83,7 +81,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # Adapters: the reference is the SFT adapter, the policy starts as its copy or at the promoted one.
     base = load_base(config.base, world.device)
-    fingerprint_before = fingerprint(base.model)
+    base_before = fingerprint(base.model)
     roles = Roles(base)
     sft_digest = roles.add_from("reference", run.stage("sft")).digest
     promoted = Registry(config.registry.folder).stage("ppo") if ppo.start_from == "promoted" else None
@@ -96,22 +94,13 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     calibration, measured = Calibration(), {}
     if config.needs_reward_model:
         reward_manifest = roles.add_from("reward", run.stage("reward"))
-        assert reward_manifest.reward_gain is not None and reward_manifest.reward_bias is not None
-        calibration = Calibration(reward_manifest.reward_gain, reward_manifest.reward_bias)
+        calibration = Calibration.of(reward_manifest)
         measured["reward_round_trip"] = check_reward_round_trip(roles, reward_manifest, run.stage("reward"))
     add_critic(roles, ppo)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
     budgets = Budgets.of(ppo, lambda text: say(world, text))
-
-    def model_scores(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        return calibration.apply(
-            budgets.fit_sequences(
-                [len(ids) for ids in sequences], lambda most: score_rewards(roles, sequences, max_tokens=most)
-            )
-        )
-
-    rewards = RewardSum(ppo.rewards, model_scores)
+    rewards = RewardSum(ppo.rewards, reward_model_scores(roles, calibration, budgets))
 
     # What changes from step to step, and its checkpoints.
     optimizer = make_optimizer(roles, ppo)
@@ -195,8 +184,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             )
 
     # Result.
-    if fingerprint(base.model) != fingerprint_before:
-        raise StartupGateError("the quantized base changed during PPO; this is a bug, please report it")
+    require_unchanged(base, base_before)
     stopped = left[0] if left and ppo.guard.action == "stop" else None
     if stopped is not None and state.best is None:
         raise DivergenceError(

@@ -171,7 +171,7 @@ class Updater:
         started = time.monotonic()
         normalizer = float(self._world.sum(experience.lengths_B[rows].sum()))
         step = self._budgets.fit_sequences(
-            (len(experience.episodes[row].ids) for row in rows),
+            [len(experience.episodes[row].ids) for row in rows],
             lambda max_tokens: self._backward(
                 experience, rows, normalizer, max_tokens, critic_only=critic_only, first=first
             ),

@@ -22,7 +22,7 @@ from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
-from stages.experience import Budgets, Experience, collect
+from stages.experience import Budgets, Experience, collect, reward_model_scores
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.result import StageClock, finish
 from stages.update import Updater
@@ -163,11 +163,8 @@ def tiny_round(base: Base, *, roles: Roles | None = None, **settings: Any) -> Ro
     optimizer = make_optimizer(roles, ppo)
     set_learning_rates(optimizer, ppo, 0)
 
-    def model_scores(sequences: Sequence[Sequence[int]]) -> Tensor:
-        return CALIBRATION.apply(score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens))
-
-    rewards = RewardSum(ppo.rewards, model_scores)
     budgets = Budgets.of(ppo)
+    rewards = RewardSum(ppo.rewards, reward_model_scores(roles, CALIBRATION, budgets))
     updater = Updater(roles, optimizer, ppo, seed=0, world=world, budgets=budgets)
     return Round(roles, ppo, optimizer, rewards, updater, world, budgets)
 
