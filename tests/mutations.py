@@ -868,6 +868,64 @@ TABLE = (
         'roles, role, prompts, sampling, seed=(config.seed, "evaluate", name), on_batch',
         (f"{EVALUATE}::test_equal_policies_tie_everywhere",),
     ),
+    # ---- flows
+    Mutation(
+        "a rate passes its gate with its value instead of its lower bound",
+        "flows/gates.py",
+        'low = metrics["held_out_accuracy"]["low"]',
+        'low = metrics["held_out_accuracy"]["value"]',
+        ("tests/flows/test_gates.py::test_the_pessimistic_end_decides",),
+    ),
+    Mutation(
+        "a figure that was not measured passes its gate",
+        "flows/gates.py",
+        "return math.nan if value is None else",
+        "return -math.inf if value is None else",
+        ("tests/flows/test_gates.py::test_a_figure_that_is_none_does_not_pass",),
+    ),
+    Mutation(
+        "the override of an unknown key is taken at submission",
+        "flows/parameters.py",
+        'return rf"^\\s*{_keys(PipelineConfig)}\\s*="',
+        'return rf"^\\s*{_keys(PipelineConfig)}"',
+        ("tests/flows/test_parameters.py::test_unknown_keys_do_not",),
+    ),
+    Mutation(
+        "a damaged version becomes the current policy",
+        "pipeline/registry.py",
+        "            for folder in sorted(self._folder(version).iterdir()):\n                read_manifest(folder)\n",
+        "",
+        ("tests/pipeline/test_registry.py::test_a_damaged_version_does_not_become_current",),
+    ),
+    Mutation(
+        "what is current is known before its copy is complete",
+        "pipeline/registry.py",
+        "            self._add(run, stages, version)\n",
+        "            self._point_to(Event(version, 'promote', _now(), '', digest, {}))\n"
+        "            self._add(run, stages, version)\n",
+        ("tests/pipeline/test_registry.py::test_a_promotion_killed_before_its_last_step_changes_nothing",),
+    ),
+    Mutation(
+        "the promoted policy is not what PPO starts from",
+        "stages/ppo.py",
+        'if ppo.start_from == "promoted" else None',
+        "if False else None",
+        ("tests/stages/test_promoted_start.py",),
+    ),
+    Mutation(
+        "two runs have one device at the same time",
+        "stages/device_lock.py",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        ("tests/stages/test_device_lock.py::test_the_second_waits_for_the_first",),
+    ),
+    Mutation(
+        "secrets of the environment get into the log",
+        "stages/launch.py",
+        "map(hide_secrets, lines)",
+        "lines",
+        ("tests/stages/test_launch.py::test_a_stage_reports_to_its_parent",),
+    ),
 )
 
 
