@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.artifacts import Manifest
 from pipeline.config import RewardSource
 from pipeline.errors import RewardFunctionError
 from pipeline.functions import load_function
@@ -26,6 +27,12 @@ class Calibration:
     def apply(self, raw_B: Tensor) -> Tensor:
         """Raw scores -> standardised scores."""
         return self.gain * raw_B + self.bias
+
+    @classmethod
+    def of(cls, reward: Manifest) -> Calibration:
+        """The calibration that a finished reward stage stored."""
+        assert reward.reward_gain is not None and reward.reward_bias is not None
+        return cls(reward.reward_gain, reward.reward_bias)
 
     @classmethod
     def fit(cls, raw_B: Tensor) -> Calibration:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.batching import group_by_tokens, pad
+from pipeline.errors import DivergenceError
 from pipeline.logprobs import TokenLogprobs, token_logprobs
 from pipeline.roles import Role, Roles
 from pipeline.scalar_head import last_token
@@ -129,6 +130,25 @@ def score_rewards(roles: Roles, sequences: Sequence[Sequence[int]], *, max_token
             hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
             scores_B[group] = roles.head_values("reward", last_token(hidden_BLD, mask_BL)).cpu()
     return scores_B
+
+
+def require_finite(values: Tensor, what: str, *, where: str) -> Tensor:
+    """The values, if they are numbers.
+
+    Args:
+        what: how the error calls one of them.
+        where: the stage.
+
+    Raises:
+        DivergenceError: one is infinite or NaN.
+    """
+    if not bool(values.isfinite().all()):
+        raise DivergenceError(
+            f"a {what} is not finite",
+            where=where,
+            remedy="Train with a lower learning rate; with 16 bits, try base.dtype=float32.",
+        )
+    return values
 
 
 def _for_episodes(

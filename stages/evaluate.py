@@ -12,31 +12,33 @@ come with Wilson's 95% interval, means with the normal one. Left out: judges tha
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pipeline.artifacts import Manifest, read_manifest
-from pipeline.base_model import fingerprint, load_base, load_tokenizer
+from pipeline.artifacts import Manifest, digest, read_manifest
+from pipeline.base_model import Base, fingerprint, load_base, load_tokenizer, require_unchanged
 from pipeline.chat import ChatFormat
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_prompts
 from pipeline.distributed import World, seed_everything
-from pipeline.errors import StartupGateError
-from pipeline.generation import Response, SamplingSettings, generate
+from pipeline.generation import SamplingSettings
 from pipeline.kl import kl_k1
 from pipeline.progress import progress
 from pipeline.records import Prompt, as_plain
 from pipeline.rewards import Calibration, RewardFunction
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory, write_json
-from pipeline.scoring import Episode, score_logprobs, score_rewards
+from pipeline.scoring import Episode, require_finite, score_logprobs, score_rewards
 from pipeline.statistics import mean_interval, win_rate
 from stages.command import stage_main
+from stages.inputs import stage_inputs
+from stages.interruption import deferred
+from stages.parts import Parts, batches_of
 from stages.result import StageClock, finish
 
 CONTESTANTS: tuple[tuple[str, Role], ...] = (("sft", "reference"), ("ppo", "policy"))
@@ -58,9 +60,11 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     Raises:
         DataError, RewardFunctionError: before a model is loaded.
         IncompatibleAdapterError, ArtifactError: an adapter does not fit or is damaged.
+        BaseModelError: the base would have changed.
+        Interrupted: the stage was asked to stop; answers and scores so far are kept.
     """
     config, clock = loaded.config, StageClock()
-    world = World()  # every process does the same; one of them writes
+    world = World()  # the processes share the answers and scores; one of them asks the functions and writes
     seed_everything(config.seed, deterministic=config.deterministic)
 
     # Data and judges.
@@ -76,7 +80,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # Adapters.
     base = load_base(config.base, world.device)
-    fingerprint_before = fingerprint(base.model)
+    base_before = fingerprint(base.model)
     roles = Roles(base)
     roles.add_from("reference", run.stage("sft"))
     roles.add_from("policy", run.stage("ppo"))
@@ -90,38 +94,61 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         temperature=config.evaluation_temperature,
         batch_size=config.evaluate.batch_size,
     )
+    parts = Parts(
+        run.working("evaluate") / "parts", inputs_digest=digest(stage_inputs("evaluate", config, run)), world=world
+    )
     answers = {}
-    with progress(2 * len(prompts), "evaluate", "answers") as bar:
+    with deferred(), progress(2 * len(prompts), "evaluate", "answers") as bar:
         for name, role in CONTESTANTS:
             answers[name] = answer(
-                roles, role, prompts, sampling, seed=(config.seed, "evaluate"), on_batch=lambda done: bar.advance(done)
+                parts, roles, role, prompts, sampling, seed=(config.seed, "evaluate"), on_batch=bar.advance
             )
 
     # Judge.
+    max_tokens = config.ppo.microbatch_tokens
+    batches = batches_of([len(episode.prompt) for episode in answers["ppo"].episodes], sampling.batch_size)
     scores: dict[str, dict[str, list[float]]] = {}
-    if reward_manifest is not None:
-        assert reward_manifest.reward_gain is not None and reward_manifest.reward_bias is not None
-        calibration = Calibration(reward_manifest.reward_gain, reward_manifest.reward_bias)
-        scores["reward_model"] = {
-            name: calibration.apply(
-                score_rewards(
-                    roles, [episode.ids for episode in found.episodes], max_tokens=config.ppo.microbatch_tokens
+    with deferred(), progress((3 if reward_manifest else 1) * len(prompts), "evaluate", "scores") as bar:
+        if reward_manifest is not None:
+            calibration = Calibration.of(reward_manifest)
+            raw = {
+                name: parts.compute(
+                    f"reward-{name}", batches, partial(raw_scores, roles, found.episodes, max_tokens), bar.advance
                 )
-            ).tolist()
-            for name, found in answers.items()
-        }
-    for judge, function in functions.items():
-        scores[judge] = {name: function(prompts, found.texts) for name, found in answers.items()}
-    kl_B = policy_kl(
-        roles, answers["ppo"].episodes, temperature=sampling.temperature, max_tokens=config.ppo.microbatch_tokens
-    )
-    if fingerprint(base.model) != fingerprint_before:
-        raise StartupGateError("the quantized base changed during the evaluation; this is a bug, please report it")
+                for name, found in answers.items()
+            }
+            scores["reward_model"] = {
+                name: calibration.apply(torch.tensor(found)).tolist() for name, found in raw.items()
+            }
+        kl = partial(policy_kl, roles, answers["ppo"].episodes, sampling.temperature, max_tokens)
+        kl_B = parts.compute("kl", batches, kl, bar.advance)
+    require_unchanged(base, base_before)
+    if world.is_main:
+        for number, (judge, function) in enumerate(functions.items()):
+            scores[judge] = {
+                name: parts.keep(f"function-{number}-{name}", partial(function, prompts, found.texts))
+                for name, found in answers.items()
+            }
+        publish(loaded, run, base, clock, prompts, answers, scores, kl_B, reward_manifest)
+    world.wait()
+    return read_manifest(run.stage("evaluate"))
 
-    # Result.
+
+def publish(
+    loaded: LoadedConfig,
+    run: RunDirectory,
+    base: Base,
+    clock: StageClock,
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Answers],
+    scores: Mapping[str, Mapping[str, list[float]]],
+    kl_B: Sequence[float],
+    reward: Manifest | None,
+) -> None:
+    """Write down what came out: the figures, and all answers side by side."""
     metrics: dict[str, Any] = {
         "n": len(prompts),
-        "kl": mean_interval(kl_B.tolist()).as_dict(),
+        "kl": mean_interval(kl_B).as_dict(),
         "win_rate": {judge: compare(found["ppo"], found["sft"]) for judge, found in scores.items()},
         "mean_score": {
             judge: {name: mean_interval(values).as_dict() for name, values in found.items()}
@@ -129,46 +156,56 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         },
         "response": {name: describe(found) for name, found in answers.items()},
     }
-    if reward_manifest is not None:
-        metrics["reward_accuracy"] = reward_manifest.metrics["held_out_accuracy"]
+    if reward is not None:
+        metrics["reward_accuracy"] = reward.metrics["held_out_accuracy"]
     rows = side_by_side(prompts, answers, scores)
 
     def save(folder: Path) -> None:
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_json(folder / "samples.json", [as_sample(row) for row in rows[: config.evaluate.samples]])
+        write_json(folder / "samples.json", [as_sample(row) for row in rows[: loaded.config.evaluate.samples]])
 
-    if world.is_main:
-        finish("evaluate", "evaluation", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save)
-    world.wait()
-    return read_manifest(run.stage("evaluate"))
+    finish("evaluate", "evaluation", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save)
 
 
 def answer(
+    parts: Parts,
     roles: Roles,
     role: Role,
     prompts: Sequence[Prompt],
     sampling: SamplingSettings,
     *,
     seed: tuple[int | str, ...],
-    on_batch: Any,
+    on_batch: Callable[[int], None],
 ) -> Answers:
     """One sampled answer a prompt. Both contestants get the same seeds, so that equal policies answer equally."""
     chat = roles.base.chat
     ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
-    responses: list[Response] = generate(roles, role, ids, sampling, seed=seed, on_batch=on_batch)
+    found = parts.answers(roles, role, ids, sampling, seed=seed, on_batch=on_batch)
     return Answers(
-        [Episode(prompt, response.ids) for prompt, response in zip(ids, responses, strict=True)],
-        [chat.decode(response.ids) for response in responses],
-        [response.finished for response in responses],
+        [Episode(prompt, one.ids) for prompt, one in zip(ids, found, strict=True)],
+        [chat.decode(one.ids) for one in found],
+        [one.finished for one in found],
     )
 
 
-def policy_kl(roles: Roles, episodes: Sequence[Episode], *, temperature: float, max_tokens: int) -> Tensor:
-    """KL(policy || SFT) of each response in nats: the sum of k1 over its tokens, on the policy's own samples; [B]."""
-    policy = score_logprobs(roles, "policy", episodes, temperature=temperature, max_tokens=max_tokens)
-    reference = score_logprobs(roles, "reference", episodes, temperature=temperature, max_tokens=max_tokens)
-    return torch.stack([kl_k1(ours, theirs).sum() for ours, theirs in zip(policy, reference, strict=True)]).cpu()
+def raw_scores(roles: Roles, episodes: Sequence[Episode], max_tokens: int, batch: Sequence[int]) -> list[float]:
+    """The reward adapter's raw scores of some of the episodes."""
+    raw_B = score_rewards(roles, [episodes[index].ids for index in batch], max_tokens=max_tokens)
+    numbers: list[float] = require_finite(raw_B, "score of the reward model", where="evaluate").tolist()
+    return numbers
+
+
+def policy_kl(
+    roles: Roles, episodes: Sequence[Episode], temperature: float, max_tokens: int, batch: Sequence[int]
+) -> list[float]:
+    """KL(policy || SFT) of some of the policy's responses in nats: the sum of k1 over a response's tokens."""
+    chosen = [episodes[index] for index in batch]
+    policy = score_logprobs(roles, "policy", chosen, temperature=temperature, max_tokens=max_tokens)
+    reference = score_logprobs(roles, "reference", chosen, temperature=temperature, max_tokens=max_tokens)
+    kl_B = torch.stack([kl_k1(ours, theirs).sum() for ours, theirs in zip(policy, reference, strict=True)])
+    numbers: list[float] = require_finite(kl_B, "KL divergence from the SFT policy", where="evaluate").tolist()
+    return numbers
 
 
 def compare(challenger: Sequence[float], incumbent: Sequence[float]) -> dict[str, float]:
@@ -188,7 +225,7 @@ def describe(answers: Answers) -> dict[str, Any]:
 
 
 def side_by_side(
-    prompts: Sequence[Prompt], answers: dict[str, Answers], scores: dict[str, dict[str, list[float]]]
+    prompts: Sequence[Prompt], answers: Mapping[str, Answers], scores: Mapping[str, Mapping[str, list[float]]]
 ) -> list[dict[str, Any]]:
     """A row a prompt: the prompt, both answers, and what each judge gave them."""
     return [

@@ -28,27 +28,30 @@ from peft import PeftModel
 from torch import Tensor
 from trl import RewardTrainer
 
-from pipeline.artifacts import Manifest, read_manifest, require_same_base
+from pipeline.artifacts import Manifest, digest, read_manifest, require_same_base
 from pipeline.base_model import Base, fingerprint, load_base, load_tokenizer, require_unchanged
 from pipeline.batching import group_by_tokens, pad
 from pipeline.chat import ChatFormat
 from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_preferences, load_prompts, prompt_key
-from pipeline.distributed import seed_everything
-from pipeline.errors import ArtifactError, DivergenceError
-from pipeline.generation import SamplingSettings, derive_seed, generate
+from pipeline.distributed import World, seed_everything
+from pipeline.errors import ArtifactError
+from pipeline.generation import SamplingSettings, derive_seed
 from pipeline.progress import progress
 from pipeline.records import Comparison, Text
 from pipeline.rewards import Calibration
 from pipeline.roles import Roles, reward_model_for_training
 from pipeline.run_directory import RunDirectory
-from pipeline.scoring import score_rewards
+from pipeline.scoring import require_finite, score_rewards
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
 from stages.gates import reward_probe
+from stages.inputs import stage_inputs
+from stages.interruption import deferred
 from stages.microbatches import Microbatch, cut_pairs
 from stages.pairs import HELD_OUT, Pair, correlation, held_out_metrics, score_pairs, tokenize, write_held_out
+from stages.parts import Parts
 from stages.result import StageClock, finish
 from stages.trl_trainer import StageTrainer
 from stages.trl_training import (
@@ -83,7 +86,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     config, settings = loaded.config, loaded.config.reward
     quiet_libraries()
     arguments = reward_arguments(config, checkpoint_folder("reward", run))
-    checkpoints = open_checkpoints("reward", loaded, run)
+    inputs_digest = digest(stage_inputs("reward", config, run))
+    checkpoints = open_checkpoints("reward", loaded, run, inputs_digest)
 
     # 2. Data, which is checked before the weights are loaded
     chat = ChatFormat(load_tokenizer(config.base))
@@ -112,9 +116,11 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     trained_scores = score_while_training(model, sample, base.device, scoring_tokens)
     roles = as_roles(base, model, sft, run.working("reward") / "adapter", trainer.accelerator)
     require_same_scores(trained_scores, score_rewards(roles, sample, max_tokens=scoring_tokens))
-    scores = score_pairs(roles, held_out_pairs, scoring_tokens)
-    require_finite(scores, "score of a held-out pair")
-    calibration, calibration_metrics = calibrate(roles, prompts, config, scoring_tokens)
+    scores = require_finite(
+        score_pairs(roles, held_out_pairs, scoring_tokens), "score of a held-out pair", where="reward"
+    )
+    parts = Parts(run.working("reward") / "parts", inputs_digest=inputs_digest, world=World())
+    calibration, calibration_metrics = calibrate(roles, prompts, config, scoring_tokens, parts)
     probe = reward_probe(roles, sample)
     require_unchanged(base, base_before)
 
@@ -168,6 +174,10 @@ class PairTrainer(StageTrainer, RewardTrainer):  # type: ignore[misc]
     def cut(self, inputs: Microbatch, rows: int) -> Iterable[tuple[Microbatch, float]]:
         """Parts of at most so many pairs."""
         return cut_pairs(inputs, rows)
+
+    def rows(self, inputs: Microbatch) -> int:
+        """Pairs."""
+        return len(inputs["input_ids"]) // 2
 
 
 def build_trainer(
@@ -245,24 +255,19 @@ def require_same_scores(trained_B: Tensor, loaded_B: Tensor) -> None:
         )
 
 
-def require_finite(scores: Tensor, what: str) -> None:
-    """Refuse a reward model whose scores are no numbers.
+def calibrate(
+    roles: Roles, prompts: Sequence[Sequence[int]], config: PipelineConfig, max_tokens: int, parts: Parts
+) -> tuple[Calibration, dict[str, float]]:
+    """Let the SFT policy answer, and find the gain and bias that standardise the scores of its answers.
+
+    Args:
+        max_tokens: tokens of one forward pass, padding included.
+        parts: shares the sampling with the other processes, and keeps what is done.
 
     Raises:
-        DivergenceError: one is infinite or NaN.
+        DivergenceError: a score is not finite.
+        Interrupted: the stage was asked to stop; the answers so far are kept.
     """
-    if not bool(scores.isfinite().all()):
-        raise DivergenceError(
-            f"a {what} is not finite",
-            where="reward",
-            remedy="Lower reward.learning_rate; with 16 bits, try base.dtype=float32. The adapter is not kept.",
-        )
-
-
-def calibrate(
-    roles: Roles, prompts: Sequence[Sequence[int]], config: PipelineConfig, max_tokens: int
-) -> tuple[Calibration, dict[str, float]]:
-    """Let the SFT policy answer, and find the gain and bias that standardise the scores of its answers."""
     sampling = SamplingSettings(
         max_new_tokens=config.ppo.max_new_tokens,
         temperature=config.ppo.temperature,
@@ -270,13 +275,14 @@ def calibrate(
         top_p=config.ppo.top_p,
         batch_size=config.ppo.generation_batch_size,
     )
-    with progress(len(prompts), "reward calibration", "answers") as bar:
-        responses = generate(
+    with deferred(), progress(len(prompts), "reward calibration", "answers") as bar:
+        responses = parts.answers(
             roles, "reference", prompts, sampling, seed=(config.seed, "calibration"), on_batch=bar.advance
         )
     sequences = [(*prompt, *response.ids) for prompt, response in zip(prompts, responses, strict=True)]
-    raw_B = score_rewards(roles, sequences, max_tokens=max_tokens)
-    require_finite(raw_B, "score of the calibration")
+    raw_B = require_finite(
+        score_rewards(roles, sequences, max_tokens=max_tokens), "score of the calibration", where="reward"
+    )
     lengths_B = torch.tensor([len(response.ids) for response in responses])
     return Calibration.fit(raw_B), {
         "calibration_prompts": len(prompts),

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from trl import SFTTrainer
 
-from pipeline.artifacts import Manifest, read_manifest
+from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_model import fingerprint, load_base, load_tokenizer, require_unchanged
 from pipeline.batching import group_by_tokens, pad
 from pipeline.chat import ChatFormat
@@ -40,6 +40,7 @@ from pipeline.scalar_head import trunk_of
 from pipeline.scoring import LOGIT_CHUNK_TOKENS
 from pipeline.trl_options import sft_arguments
 from stages.command import stage_main
+from stages.inputs import stage_inputs
 from stages.microbatches import Microbatch, cut_rows, cut_sequence
 from stages.projection import IGNORED, project_only_targets
 from stages.result import StageClock, finish
@@ -72,7 +73,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     config, settings = loaded.config, loaded.config.sft
     quiet_libraries()
     arguments = sft_arguments(config, checkpoint_folder("sft", run))
-    checkpoints = open_checkpoints("sft", loaded, run)
+    checkpoints = open_checkpoints("sft", loaded, run, digest(stage_inputs("sft", config, run)))
 
     # 2. Data, which is checked before the weights are loaded
     chat = ChatFormat(load_tokenizer(config.base))
@@ -160,6 +161,11 @@ class PolicyTrainer(StageTrainer, SFTTrainer):  # type: ignore[misc]
     def cut(self, inputs: Microbatch, rows: int) -> Iterable[tuple[Microbatch, float]]:
         """Parts of at most so many rows."""
         return cut_sequence(inputs, rows * self._row_tokens) if self.padding_free else cut_rows(inputs, rows)
+
+    def rows(self, inputs: Microbatch) -> int:
+        """Rows, or as many as the tokens of a shared sequence make at least."""
+        rows, tokens = inputs["input_ids"].shape
+        return -(-tokens // self._row_tokens) if self.padding_free else int(rows)
 
 
 def build_trainer(

@@ -34,7 +34,7 @@ _MODEL, _BEST, _OPTIMIZER, _PROCESSES = "model.safetensors", "best.safetensors",
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]
-    """Put before a trainer of TRL's. `stage` and `cut` are the subclass's; `train` gives it its checkpoints."""
+    """Put before a trainer of TRL's. `stage`, `cut` and `rows` are the subclass's; `train` gives it its checkpoints."""
 
     stage: StageName
     checkpoints: CheckpointFolder | None = None
@@ -52,6 +52,10 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     def cut(self, inputs: Microbatch, rows: int) -> Iterable[tuple[Microbatch, float]]:
         """Parts of a microbatch with at most so many rows, and each one's share of the whole's loss."""
+        raise NotImplementedError
+
+    def rows(self, inputs: Microbatch) -> int:
+        """How many rows a microbatch has, counted as `sft.microbatch_size` and `reward.microbatch_size` are."""
         raise NotImplementedError
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -80,14 +84,14 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         replicated = isinstance(model, DistributedDataParallel)
         learning = list(self.learning().values())
         gradients = [parameter.grad for parameter in learning]
-        figures, random, whole = self._figures(), random_states(), self._budget.size
+        figures, random, first = self._figures(), random_states(), self._budget.size
         accumulated = self.current_gradient_accumulation_steps
         training_step: Any = super().training_step
 
         def attempt(rows: int) -> Tensor:
             for parameter in learning:
                 parameter.grad = None
-            if rows < whole:
+            if rows < first:
                 self._restore_figures(figures)
                 restore_random_states(random)
             losses = []
@@ -103,7 +107,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 stack.enter_context(cast(DistributedDataParallel, model).no_sync())
                 stack.enter_context(_without_gathering(self.accelerator))
             if replicated or self.world.size == 1:
-                loss = self._budget.fit(attempt, smallest=1, remedy=self._less_memory(inputs))
+                loss = self._budget.fit(attempt, smallest=1, whole=self.rows(inputs), remedy=self._less_memory(inputs))
             else:
                 loss = attempt(self._budget.size)
         for parameter, gradient in zip(learning, gradients, strict=True):
@@ -120,7 +124,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     def _parts(self, inputs: Microbatch, rows: int) -> Iterable[tuple[Microbatch, float]]:
         """The whole microbatch, as long as it fits."""
-        return [(inputs, 1.0)] if rows >= self.args.per_device_train_batch_size else self.cut(inputs, rows)
+        return [(inputs, 1.0)] if rows >= self.rows(inputs) else self.cut(inputs, rows)
 
     def _check_step(self, learning: Iterable[nn.Parameter]) -> None:
         losses = torch.stack(self._losses).tolist()

@@ -15,7 +15,6 @@ import huggingface_hub.constants
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from pipeline.artifacts import digest
 from pipeline.chat import ChatFormat
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config_file import LoadedConfig
@@ -24,7 +23,6 @@ from pipeline.errors import DivergenceError
 from pipeline.metrics import MetricsWriter
 from pipeline.progress import Progress, progress
 from pipeline.run_directory import RunDirectory, StageName
-from stages.inputs import stage_inputs
 from stages.interruption import Interrupted, deferred, requested
 from stages.trl_trainer import TRAINER_STATE, say
 
@@ -43,17 +41,10 @@ def checkpoint_folder(stage: StageName, run: RunDirectory) -> Path:
     return run.working(stage) / "checkpoints"
 
 
-def open_checkpoints(stage: StageName, loaded: LoadedConfig, run: RunDirectory) -> CheckpointFolder:
-    """The stage's checkpoints; those of other settings or data do not count.
-
-    Raises:
-        ArtifactError, BaseModelError, DataError: what the stage starts from is not there.
-    """
-    return CheckpointFolder(
-        checkpoint_folder(stage, run),
-        inputs_digest=digest(stage_inputs(stage, loaded.config, run)),
-        keep_last=getattr(loaded.config, stage).keep_last,
-    )
+def open_checkpoints(stage: StageName, loaded: LoadedConfig, run: RunDirectory, inputs_digest: str) -> CheckpointFolder:
+    """The stage's checkpoints; those of other settings or data do not count."""
+    settings = loaded.config.sft if stage == "sft" else loaded.config.reward
+    return CheckpointFolder(checkpoint_folder(stage, run), inputs_digest=inputs_digest, keep_last=settings.keep_last)
 
 
 def padding_tokenizer(chat: ChatFormat) -> Any:

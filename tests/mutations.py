@@ -434,15 +434,15 @@ TABLE = (
     Mutation(
         "PPO does not look whether the base changed",
         "stages/ppo.py",
-        "if fingerprint(base.model) != fingerprint_before:",
-        "if False:",
+        "    require_unchanged(base, base_before)\n",
+        "",
         (f"{PPO}::test_a_base_that_changed_is_not_published",),
     ),
     Mutation(
         "the evaluation does not look whether the base changed",
         "stages/evaluate.py",
-        "if fingerprint(base.model) != fingerprint_before:",
-        "if False:",
+        "    require_unchanged(base, base_before)\n",
+        "",
         (f"{EVALUATE}::test_a_base_that_changed_is_not_published",),
     ),
     Mutation(
@@ -604,9 +604,9 @@ TABLE = (
     ),
     Mutation(
         "SFT resumes from a checkpoint of other settings",
-        "stages/trl_training.py",
-        "digest(stage_inputs(stage, loaded.config, run))",
-        "stage",
+        "stages/sft.py",
+        'digest(stage_inputs("sft", config, run))',
+        '"sft"',
         (f"{SFT}::test_a_checkpoint_of_other_settings_is_not_resumed",),
     ),
     Mutation(
@@ -862,10 +862,24 @@ TABLE = (
         (f"{DISK}::test_a_limit_on_the_size_of_files_is_told_from_a_full_disk",),
     ),
     Mutation(
+        "a part of other inputs is taken for a stage's own",
+        "stages/parts.py",
+        'if found["inputs_digest"] == self._inputs_digest:',
+        "if True:",
+        (f"{EVALUATE}::test_parts_of_other_inputs_are_made_again",),
+    ),
+    Mutation(
+        "what an interrupted evaluation has done is done again",
+        "stages/parts.py",
+        '                return found["part"]',
+        "                pass",
+        (f"{EVALUATE}::test_an_evaluation_that_is_killed_does_nothing_twice",),
+    ),
+    Mutation(
         "equal policies do not get equal seeds",
         "stages/evaluate.py",
-        'roles, role, prompts, sampling, seed=(config.seed, "evaluate"), on_batch',
-        'roles, role, prompts, sampling, seed=(config.seed, "evaluate", name), on_batch',
+        'parts, roles, role, prompts, sampling, seed=(config.seed, "evaluate"), on_batch',
+        'parts, roles, role, prompts, sampling, seed=(config.seed, "evaluate", name), on_batch',
         (f"{EVALUATE}::test_equal_policies_tie_everywhere",),
     ),
     # ---- flows

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,13 @@ from tiny_ppo import perturb, publish, publish_reward, publish_sft, sharpen
 from pipeline.artifacts import read_manifest
 from pipeline.base_model import load_base
 from pipeline.config_file import LoadedConfig
-from pipeline.errors import RewardFunctionError, StartupGateError
+from pipeline.errors import BaseModelError, DivergenceError, RewardFunctionError
 from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import Episode, score_logprobs
-from stages import evaluate
+from stages import evaluate, interruption, parts
 from stages.evaluate import compare
+from stages.interruption import Interrupted
 
 
 def config(folder: Path, *overrides: str) -> LoadedConfig:
@@ -87,9 +90,9 @@ def test_the_kl_is_that_of_the_policys_own_answers(tmp_path):
     for role in ("policy", "reference"):
         episode = Episode((1, 2, 3), (4, 5, 6, 7))
         seen[role] = score_logprobs(roles, role, [episode], temperature=1.0, max_tokens=64)[0]
-        found = evaluate.policy_kl(roles, [episode], temperature=1.0, max_tokens=64)
-    assert found.tolist() == pytest.approx([float((seen["policy"] - seen["reference"]).sum())], abs=1e-5)
-    assert abs(float(found[0])) > 1e-3 and metrics["kl"]["value"] > 0
+        found = evaluate.policy_kl(roles, [episode], 1.0, 64, [0])
+    assert found == pytest.approx([float((seen["policy"] - seen["reference"]).sum())], abs=1e-5)
+    assert abs(found[0]) > 1e-3 and metrics["kl"]["value"] > 0
 
 
 def samples_of(rows: list[dict]) -> list[dict]:
@@ -148,12 +151,136 @@ def test_a_faulty_gold_function_stops_before_a_model_is_loaded(tmp_path, monkeyp
 
 def test_a_base_that_changed_is_not_published(tmp_path, monkeypatch):
     loaded = config(tmp_path)
-    prints = iter(["before", "after"])
-    monkeypatch.setattr(evaluate, "fingerprint", lambda _: next(prints))
-    with pytest.raises(StartupGateError, match="base changed"):
+    monkeypatch.setattr(evaluate, "fingerprint", lambda _: "before")
+    with pytest.raises(BaseModelError, match="base changed"):
         evaluated(loaded)
 
 
 def test_wins_ties_and_losses_are_counted_prompt_by_prompt():
     found = compare([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 9.0, 3.0])
     assert (found["wins"], found["ties"], found["losses"], found["value"], found["n"]) == (2, 1, 1, 0.625, 4)
+
+
+# -- nothing is lost
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[LoadedConfig, RunDirectory]:
+    """A run that is ready to be evaluated, in batches of three prompts."""
+    loaded = config(tmp_path, "evaluate.batch_size=3", "deterministic=true")
+    run = publish_sft(loaded)
+    publish_reward(loaded, run)
+    publish_ppo(loaded, run, scale=0.05)
+    return loaded, run
+
+
+def contents(run: RunDirectory) -> tuple[dict[str, bytes], dict]:
+    manifest = read_manifest(run.stage("evaluate"))
+    return {name: (run.stage("evaluate") / name).read_bytes() for name in manifest.files}, dict(manifest.metrics)
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """Which of the stage's costly functions are called, from now on."""
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((parts, "generate"), (evaluate, "score_rewards"), (evaluate, "score_logprobs")):
+            own = getattr(module, name)
+            patch.setattr(
+                module, name, lambda *args, own=own, name=name, **named: (seen.append(name), own(*args, **named))[1]
+            )
+        yield seen
+
+
+@pytest.mark.parametrize("done", range(1, 16, 3))
+def test_an_evaluation_that_is_killed_does_nothing_twice(finished, done):
+    """Eight prompts are 3 batches, and these 6 of answers, 6 of scores and 3 of divergences."""
+    loaded, run = finished
+    with counted() as all_calls:
+        evaluate.run(loaded, run)
+    expected = contents(run)
+    assert len(all_calls) == 6 + 6 + 2 * 3
+
+    class KilledHereError(Exception):
+        pass
+
+    write, written = parts.write_json, []
+
+    def die(path: Path, content: dict) -> None:
+        if len(written) == done:
+            raise KilledHereError
+        written.append(path)
+        write(path, content)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledHereError), counted() as first_calls:
+        patch.setattr(parts, "write_json", die)
+        evaluate.run(loaded, run)
+    torn = written.pop()
+    torn.write_text(torn.read_text()[:-20])
+    with counted() as later_calls:
+        evaluate.run(loaded, run)
+    assert contents(run) == expected
+    # What was written is not made again: only the part at which it died, and the torn one.
+    per_part = {"reward": 1, "answers": 1, "kl": 2}
+    again = sum(per_part[name.partition("-")[0]] for name in (torn.stem, part_after(written, torn)))
+    assert len(first_calls) + len(later_calls) - again == len(all_calls)
+    assert not run.working("evaluate").exists()
+
+
+def part_after(written: list[Path], torn: Path) -> str:
+    """The part that follows the torn one."""
+    order = [f"answers-{role}-{n:05d}" for role in ("reference", "policy") for n in range(3)]
+    order += [f"reward-{name}-{n:05d}" for name in ("sft", "ppo") for n in range(3)] + [f"kl-{n:05d}" for n in range(3)]
+    assert [path.stem for path in written] == order[: order.index(torn.stem)]
+    return order[order.index(torn.stem) + 1]
+
+
+def test_parts_of_other_inputs_are_made_again(finished):
+    loaded, run = finished
+    evaluate.run(loaded, run)
+    expected = contents(run)
+    other = config(loaded.path.parent, "evaluate.batch_size=3", "evaluate.temperature=0.5", "deterministic=true")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(evaluate, "finish", None)
+        evaluate.run(other, run)
+    assert len(list((run.working("evaluate") / "parts").iterdir())) == 6 + 6 + 3 + 2
+    with counted() as calls:
+        evaluate.run(loaded, run)
+    assert contents(run) == expected and len(calls) == 6 + 6 + 2 * 3
+
+
+def test_an_evaluation_that_is_asked_to_stop_keeps_what_is_done(finished):
+    loaded, run = finished
+    evaluate.run(loaded, run)
+    expected = contents(run)
+    own = parts.generate
+
+    def ask(*args, **named):
+        interruption.request()
+        return own(*args, **named)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(parts, "generate", ask)
+            evaluate.run(loaded, run)
+    finally:
+        interruption.withdraw()
+    kept = run.working("evaluate") / "parts"
+    assert [path.name for path in kept.iterdir()] == ["answers-reference-00000.json"]
+    with counted() as calls:
+        evaluate.run(loaded, run)
+    assert contents(run) == expected and calls.count("generate") == 5
+
+
+@pytest.mark.parametrize("scored", ["score_rewards", "score_logprobs"])
+def test_a_score_that_is_not_finite_stops_the_evaluation(finished, monkeypatch, scored):
+    loaded, run = finished
+    own = getattr(evaluate, scored)
+
+    def spoilt(*args, **named):
+        found = own(*args, **named)
+        return found / 0.0 if scored == "score_rewards" else [row / 0.0 for row in found]
+
+    monkeypatch.setattr(evaluate, scored, spoilt)
+    with pytest.raises(DivergenceError, match="is not finite"):
+        evaluate.run(loaded, run)
