@@ -35,7 +35,7 @@ from pipeline.base_model import fingerprint, load_base
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig
-from pipeline.errors import ConfigError, DivergenceError, RewardFunctionError, StartupGateError
+from pipeline.errors import BaseModelError, ConfigError, DivergenceError, RewardFunctionError, StartupGateError
 from pipeline.metrics import read_metrics
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
@@ -639,7 +639,7 @@ def test_a_base_that_changed_is_not_published(tmp_path, monkeypatch):
             self.roles.base.model.get_output_embeddings().weight[0, 0] += 1
 
     monkeypatch.setattr(TrainingState, "write", meddling)
-    with pytest.raises(StartupGateError, match="base changed"):
+    with pytest.raises(BaseModelError, match="base changed"):
         ppo.run(loaded, run)
     assert not run.stage("ppo").exists()
 
