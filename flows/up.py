@@ -81,8 +81,8 @@ def up(*, port: int, limit: int, say: Callable[[str], None]) -> None:
             say("Stopping; a running stage writes a checkpoint first ...")
             was_up = worker.is_running
             worker.stop()
-            if was_up:
-                queue.put_back()
+            if was_up and not _tried(queue.put_back):
+                say("The server could not be told which runs were at work; they are put back at the next start.")
     finally:
         worker.stop()
         server.stop()
@@ -145,11 +145,21 @@ def _keep(server: _Kept, worker: _Kept, url: str, queue: _Queue, say: Callable[[
             server.start()
             server.wait_until(lambda: answers(url))
         if not worker.is_running:
-            say(f"The worker has ended; starting it again. {worker.last_words()}")
             worker.stop()
-            queue.put_back()
+            if not _tried(queue.put_back):
+                continue  # The server is at fault, and comes first.
+            say(f"The worker has ended; starting it again. {worker.last_words()}")
             worker.start()
-        queue.look()
+        _tried(queue.look)
+
+
+def _tried(question: Callable[[], None]) -> bool:
+    """Whether the server answered. Where it does not, the next look finds out why."""
+    try:
+        question()
+    except Exception:
+        return False
+    return True
 
 
 class _Kept:
