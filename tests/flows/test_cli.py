@@ -37,7 +37,7 @@ def test_version() -> None:
 def test_help_names_every_command() -> None:
     for arguments in ([], ["--help"], ["-h"]):
         output = trivet(*arguments).output
-        for command in ("run", "sft", "reward", "ppo", "evaluate", "data", "doctor"):
+        for command in ("run", "sft", "reward", "ppo", "evaluate", "data", "doctor", "promote", "rollback", "up"):
             assert f" {command} " in output
 
 
@@ -117,6 +117,14 @@ def test_a_dead_server_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert result.exit_code == 2
     assert "PREFECT_API_URL=http://127.0.0.1:9/api: no Prefect server answers" in result.stderr
     assert "unset PREFECT_API_URL" in result.stderr
+
+
+def test_up_brings_its_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example/api")
+    result = trivet("up")
+    assert result.exit_code == 2
+    assert "PREFECT_API_URL=http://prefect.example/api: another server is set" in result.stderr
+    assert "prefect worker start --pool gpu-box" in result.stderr
 
 
 def test_data_reports_every_source(tmp_path: Path) -> None:
