@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pipeline.errors import ConfigError
 
 ValueOrigin = Literal["default", "file", "override"]
 _NO_PATH_PREFIXES = ("package:",)
+_MOST_VALUES, _LONGEST_KEY = 100_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             where=str(path),
             remedy="Start from configs/quickstart.yaml.",
         )
+    _check_values(tree, str(path))
     return tree
 
 
@@ -192,6 +195,8 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[str]
                 f"the value of the override '{override}' is not valid YAML: {getattr(error, 'problem', None) or error}",
                 remedy="Quote it for the shell and for YAML: 'key=\"value: with a colon\"'.",
             ) from None
+        _check_values(value, f"the override {key}", key)
+        _check_values(key, "an override")
         *parents, last = key.split(".")
         node = tree
         for depth, parent in enumerate(parents):
@@ -205,6 +210,33 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[str]
                 )
         node[last] = value
     return set(seen)
+
+
+def _check_values(tree: Any, where: str, place: str = "") -> None:
+    """Refuse what YAML's escapes and aliases can spell, but no setting can be.
+
+    Raises:
+        ConfigError: a text that no path, name or file can hold, or an alias that contains itself or multiplies.
+    """
+    rest, seen = [(tree, place)], 0
+    while rest:
+        value, place = rest.pop()
+        seen += 1
+        if seen > _MOST_VALUES or len(place) > _LONGEST_KEY:
+            raise ConfigError(
+                f"there are more than {_MOST_VALUES} values, or an alias (*name) inside of what it stands for",
+                where=where,
+                remedy="Write the values out.",
+            )
+        if isinstance(value, str) and (found := re.search("[\0\ud800-\udfff]", value)):
+            raise ConfigError(
+                f"{place or 'a key'} holds the character U+{ord(found.group()):04X}, which is no text",
+                where=where,
+                remedy="Write it without that escape.",
+            )
+        inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in inside:
+            rest += [(key, ""), (item, f"{place}.{key}".lstrip("."))]
 
 
 # What pydantic says in the words of Python.

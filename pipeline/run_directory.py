@@ -95,6 +95,12 @@ class RunDirectory:
             yield
 
     def _check_owner(self, owner: dict[str, Any]) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise RunDirectoryError(
+                "a file lies where the run's folder should be",
+                where=str(self.root),
+                remedy="Choose another folder with run_dir=....",
+            )
         path = self.root / "run.json"
         try:
             found = read_json(path)

@@ -41,11 +41,9 @@ def check(path: Path, overrides: tuple[str, ...] = ()) -> LoadedConfig | None:
     finally:
         assert path.read_bytes() == before and [entry.name for entry in path.parent.iterdir()] == [path.name]
     assert all(isinstance(line, str) for line in [*loaded.lines(), *loaded.config.arithmetic()])
-    kept = path.parent / "kept" / "config.json"
+    kept = path.parent.with_name("kept.json")
     write_json(kept, loaded.config.model_dump(mode="json"))
     assert read_json(kept) == json.loads(loaded.config.model_dump_json())
-    kept.unlink()
-    kept.parent.rmdir()
     return loaded
 
 

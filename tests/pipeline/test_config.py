@@ -15,6 +15,8 @@ from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# Nine lines that stand for a billion values.
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
 MINIMAL: dict[str, Any] = {"run_dir": "runs/x", "base": {"model": "org/model"}}
 
 
@@ -172,6 +174,13 @@ def test_what_goes_together_is_accepted(tmp_path: Path, overrides: list[str]) ->
         ("run_dir: a\nbase: {model: m}\nrun_dir: b", "'run_dir' stands in line 1 and again in line 3"),
         ("base: {model: m, model: n}", "'model' stands in line 1 and again in line 1"),
         ("run_dir: !!python/object/apply:os.system [true]", "not valid YAML"),
+        ('run_dir: "a\\ud800"', "run_dir holds the character U+D800"),
+        ('base: {model: "a\\0b"}', "base.model holds the character U+0000"),
+        ('sft: {trl: {a: [1, "\\udfff"]}}', "sft.trl.a.1 holds the character U+DFFF"),
+        ("run_dir: &a [*a]", "an alias (*name) inside of what it stands for"),
+        ("base: &a {model: *a}", "recursive"),
+        (LAUGHS, "more than 100000 values"),
+        ('sft: {trl: {"\\ud800": 1}}', "a key holds the character U+D800"),
     ],
 )
 def test_a_broken_file_is_refused(tmp_path: Path, text: str, expected: str) -> None:
@@ -280,6 +289,9 @@ def test_an_inherited_value_names_its_source(tmp_path: Path) -> None:
         (["=3"], "is not an override"),
         (["ppo.epochs=1", "ppo.epochs=2"], "given twice"),
         (["ppo.epochs=[1"], "not valid YAML"),
+        (["sft.trl=&a [*a]"], "an alias (*name) inside of what it stands for"),
+        (['run_dir="\\ud800"'], "run_dir holds the character U+D800"),
+        (["sft.\ud800=1"], "a key holds the character U+D800"),
         (["run_dir.x=1"], "goes into run_dir, which holds a single value"),
     ],
 )

@@ -180,6 +180,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     assert caught.value.remedy and "run_dir" in caught.value.remedy
 
 
+def test_a_file_in_the_place_of_the_run_is_named_before_anything_is_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunDirectoryError, match="a file lies where the run's folder should be"):
+        RunDirectory.find(tiny_config(tmp_path, f"run_dir={tmp_path / 'file'}"))
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "state.json"
     write_json(path, {"a": "ä"})
