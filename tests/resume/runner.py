@@ -2,11 +2,11 @@
 
 Reads orders from standard input, a JSON object a line, and answers each with a line:
 
-    {"stage": "ppo", "config": "PATH", "overrides": [], "log": "PATH", "stop": null}   ->   {"status": 0}
+    {"stage": "ppo", "config": "PATH", "overrides": [], "log": "PATH", "stop": null, "after": null}  ->  {"status": 0}
 
 `stop` is {"at": "stages.update:Updater._step", "call": 3, "when": "before", "signal": 9, "about": ""}: the process
-gets the signal before (or after) the third call of that function whose arguments' text holds `about`. A negative
-status is the signal that ended the process.
+gets the signal before (or after) the third call of that function whose arguments' text holds `about`. `after` is
+[seconds, signal]: it gets the signal after that time. A negative status is the signal that ended the process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any, NoReturn
 
 import torch
@@ -35,8 +36,22 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             run(order)
-        _, status = os.waitpid(child, 0)
+        status = ended(child, order["after"])
         print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+def ended(child: int, after: list[float] | None) -> int:
+    """Wait for the child's end, and send it the signal when its time has come; returns its status."""
+    if after is not None:
+        seconds, number = after
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                return status
+            time.sleep(0.002)
+        os.kill(child, int(number))
+    return os.waitpid(child, 0)[1]
 
 
 def run(order: dict[str, Any]) -> NoReturn:

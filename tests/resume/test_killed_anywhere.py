@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from resume.harness import Runner, Stop, leftovers, result_of, small_pipeline, with_parents
+from resume.harness import Runner, Stop, leftovers, log, result_of, small_pipeline, with_parents
 
 from pipeline.config_file import LoadedConfig
-from pipeline.run_directory import STAGES
+from pipeline.run_directory import STAGES, StageName
 
 PPO = [
     # Each phase of an iteration: before, within and after.
@@ -53,6 +53,36 @@ PPO = [
     Stop("os:rename", 1, "after", about="/run/ppo'"),
 ]
 
+# The stages that TRL trains, and the evaluation.
+OTHERS: dict[StageName, list[Stop]] = {
+    "sft": [
+        Stop("stages.sft:held_out_loss"),
+        Stop("stages.trl_trainer:StageTrainer.training_step", 7),
+        Stop("stages.trl_trainer:StageTrainer._save_checkpoint", 2),
+        Stop("stages.trl_trainer:StageTrainer._save_checkpoint", 2, "after"),
+        Stop("stages.trl_trainer:StageTrainer.log", 3),
+        Stop("stages.sft:finish"),
+        Stop("os:rename", 1, "after", about="/run/sft'"),
+        Stop("stages.trl_trainer:StageTrainer.training_step", 5, signal=signal.SIGTERM),
+    ],
+    "reward": [
+        Stop("stages.trl_trainer:StageTrainer.training_step", 6, "after"),
+        Stop("stages.trl_trainer:_save_tensors", 1, "after"),
+        Stop("stages.reward:as_roles"),
+        Stop("stages.reward:calibrate", 1, "after"),
+        Stop("stages.result:write_manifest"),
+        Stop("stages.trl_trainer:StageTrainer.training_step", 3, signal=signal.SIGINT),
+        Stop("stages.reward:calibrate", signal=signal.SIGTERM),
+    ],
+    "evaluate": [
+        Stop("pipeline.generation:_generate_batch", 2),
+        Stop("pipeline.generation:_generate_batch", 3, "after"),
+        Stop("stages.evaluate:policy_kl", 1, "after"),
+        Stop("stages.evaluate:finish"),
+        Stop("pipeline.generation:_generate_batch", 1, signal=signal.SIGTERM),
+    ],
+}
+
 ASKED = [
     Stop("stages.ppo:load_base", signal=signal.SIGTERM),
     Stop("stages.ppo:collect", 1, signal=signal.SIGINT),
@@ -67,6 +97,24 @@ ASKED = [
 ]
 
 
+def ends_in_the_same_bytes(
+    runner: Runner, undisturbed: LoadedConfig, stage: StageName, folder: Path, *stops: Stop
+) -> None:
+    """End a stage at each of the stops, one start after the other, and let the last start through."""
+    loaded = with_parents(stage, folder, undisturbed)
+    for stop in stops:
+        expected = -signal.SIGKILL if stop.signal == signal.SIGKILL else 75
+        assert runner.run(stage, loaded, stop) == expected, f"{stop}: {said(loaded)}"
+    assert runner.run(stage, loaded) == 0, said(loaded)
+    assert result_of(stage, loaded) == result_of(stage, undisturbed)
+    assert leftovers(loaded) == []
+
+
+def said(loaded: LoadedConfig) -> str:
+    """The end of what the stages printed."""
+    return log(loaded).read_text()[-4000:]
+
+
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
     started = Runner()
@@ -78,23 +126,39 @@ def runner() -> Iterator[Runner]:
 def undisturbed(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> LoadedConfig:
     loaded = small_pipeline(tmp_path_factory.mktemp("undisturbed"))
     for stage in STAGES:
-        assert runner.run(stage, loaded) == 0, loaded.path.with_name("log").read_text()[-4000:]
+        assert runner.run(stage, loaded) == 0, said(loaded)
     return loaded
 
 
 @pytest.mark.parametrize("stop", PPO, ids=str)
 def test_ppo_killed(runner: Runner, undisturbed: LoadedConfig, tmp_path: Path, stop: Stop) -> None:
-    loaded = with_parents("ppo", tmp_path / "run", undisturbed)
-    assert runner.run("ppo", loaded, stop) == -signal.SIGKILL, "the place was never reached"
-    assert runner.run("ppo", loaded) == 0, loaded.path.with_name("log").read_text()[-4000:]
-    assert result_of("ppo", loaded) == result_of("ppo", undisturbed)
-    assert leftovers(loaded) == []
+    ends_in_the_same_bytes(runner, undisturbed, "ppo", tmp_path / "run", stop)
 
 
 @pytest.mark.parametrize("stop", ASKED, ids=str)
 def test_ppo_asked_to_stop(runner: Runner, undisturbed: LoadedConfig, tmp_path: Path, stop: Stop) -> None:
-    loaded = with_parents("ppo", tmp_path / "run", undisturbed)
-    assert runner.run("ppo", loaded, stop) == 75, loaded.path.with_name("log").read_text()[-4000:]
-    assert runner.run("ppo", loaded) == 0, loaded.path.with_name("log").read_text()[-4000:]
-    assert result_of("ppo", loaded) == result_of("ppo", undisturbed)
-    assert leftovers(loaded) == []
+    ends_in_the_same_bytes(runner, undisturbed, "ppo", tmp_path / "run", stop)
+
+
+def test_ppo_ended_again_and_again(runner: Runner, undisturbed: LoadedConfig, tmp_path: Path) -> None:
+    ends_in_the_same_bytes(
+        runner,
+        undisturbed,
+        "ppo",
+        tmp_path / "run",
+        Stop("stages.update:Updater._step", 3, signal=signal.SIGTERM),
+        Stop("stages.update:Updater._step", 2),
+        Stop("stages.update:Updater._step", 2, signal=signal.SIGTERM),
+        Stop("stages.ppo:Checkpoints.save", 1),
+        Stop("stages.ppo:Rounds.save", 1, "after"),
+        Stop("stages.ppo:finish"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "stop"), [pytest.param(stage, stop, id=f"{stage}-{stop}") for stage in OTHERS for stop in OTHERS[stage]]
+)
+def test_another_stage_ended(
+    runner: Runner, undisturbed: LoadedConfig, tmp_path: Path, stage: StageName, stop: Stop
+) -> None:
+    ends_in_the_same_bytes(runner, undisturbed, stage, tmp_path / "run", stop)
