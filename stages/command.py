@@ -155,6 +155,11 @@ def leave_message(error: Exception) -> bool:
         problem, where, remedy = f"{type(error).__name__}: {error}", None, None
     message = {"kind": type(error).__name__, "problem": problem, "where": where, "remedy": remedy}
     # The first process to fail is the one to believe: the others fail because it is gone.
-    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
-        json.dump(message, file)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump(message, file)
+    except FileExistsError:
+        pass
+    except OSError:  # no room for it: what is printed reaches the parent all the same
+        return False
     return True

@@ -24,13 +24,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, Self
 
 import yaml
 
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.config import LaunchSettings
 from pipeline.config_file import LoadedConfig
+from pipeline.disk import writing
 from pipeline.errors import StageFailedError, StageInterruptedError
 from pipeline.progress import FORMAT_VARIABLE, ProgressUpdate, parse_machine_line
 from pipeline.run_directory import RunDirectory, StageName
@@ -177,9 +178,9 @@ def launch_stage(
         StageFailedError: the stage did not end well; holds what it said and the last lines of its log.
         StageInterruptedError: the stage was asked to stop, by a signal of its own.
         StoppedInOrder: this process was asked to end, and the stage has stopped where it can go on.
+        RunDirectoryError: the log cannot be opened.
     """
     log_path = Path(log_path)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
     arguments = [str(Path(config_path).resolve()), *overrides, *(["--force"] if force else [])]
     last_lines: deque[str] = deque(maxlen=_LAST_LINES)
     launcher_report: list[str] = []
@@ -193,7 +194,7 @@ def launch_stage(
             last_lines.append(line)
             on_line(line)
 
-    with tempfile.TemporaryDirectory(prefix="trivet-") as scratch, log_path.open("a", encoding="utf-8") as log:
+    with writing(log_path), tempfile.TemporaryDirectory(prefix="trivet-") as scratch, _Log(log_path, on_line) as log:
         error_path = Path(scratch) / "error.json"
         command = [
             *_accelerate_command(launch, Path(scratch)),
@@ -202,7 +203,7 @@ def launch_stage(
         ]
         environment = child_environment(launch) | {ERROR_FILE_VARIABLE: str(error_path), FORMAT_VARIABLE: "json"}
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        log.write(f"--- {started} {stage} {' '.join(arguments)} ({_processes(launch)} process(es))\n")
+        log.write(f"--- {started} {stage} {' '.join(arguments)} ({_processes(launch)} process(es))")
         try:
             code = _run_supervised(command, environment, log, keep, on_progress)
         except (KeyboardInterrupt, SystemExit):
@@ -212,8 +213,36 @@ def launch_stage(
         if code != 0 or error_path.exists():
             killed = _was_killed(code, launcher_report)
             failure = _failure(stage, code, error_path, last_lines, log_path, killed=killed)
-            log.write(f"{failure.summary if isinstance(failure, StageProcessError) else failure}\n")
+            log.write(failure.summary if isinstance(failure, StageProcessError) else str(failure))
             raise failure
+
+
+class _Log:
+    """The log of a stage. What the disk does not take is lost and that is said once; the stage goes on as it can.
+
+    Raises:
+        OSError: the file cannot even be opened.
+    """
+
+    def __init__(self, path: Path, on_line: Callable[[str], None]) -> None:
+        self._path, self._on_line, self._complete = path, on_line, True
+
+    def __enter__(self) -> Self:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Without a buffer nothing is left to be written, and to fail, when it is closed.
+        self._file = self._path.open("ab", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, line: str) -> None:
+        try:
+            self._file.write(f"{line}\n".encode(errors="replace"))
+        except OSError as error:
+            if self._complete:
+                self._on_line(f"warning: {self._path}: the log is not complete: {error.strerror}")
+            self._complete = False
 
 
 def _accelerate_command(launch: LaunchSettings, scratch: Path) -> list[str]:
@@ -346,7 +375,7 @@ def supervised(
 def _run_supervised(
     command: list[str],
     environment: dict[str, str],
-    log: TextIO,
+    log: _Log,
     on_line: Callable[[str], None],
     on_progress: Callable[[ProgressUpdate], None],
 ) -> int:
@@ -365,7 +394,7 @@ def _run_supervised(
 
 
 def _pass_on(
-    lines: Iterable[str], log: TextIO, on_line: Callable[[str], None], on_progress: Callable[[ProgressUpdate], None]
+    lines: Iterable[str], log: _Log, on_line: Callable[[str], None], on_progress: Callable[[ProgressUpdate], None]
 ) -> None:
     hide_secrets = redaction(os.environ)
     for line in _without_foreign_bars(map(hide_secrets, lines)):
@@ -373,8 +402,7 @@ def _pass_on(
         if update is not None:
             on_progress(update)
         if text := _ESCAPES.sub("", rest).rstrip():
-            log.write(text + "\n")
-            log.flush()
+            log.write(text)
             on_line(text)
 
 
