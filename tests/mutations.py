@@ -194,8 +194,8 @@ TABLE = (
     Mutation(
         "the stored gain and bias are not applied",
         "stages/ppo.py",
-        "return calibration.apply(score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens))",
-        "return score_rewards(roles, sequences, max_tokens=ppo.microbatch_tokens)",
+        "reward_model_scores(roles, calibration, budgets)",
+        "reward_model_scores(roles, Calibration(), budgets)",
         (f"{PPO}::test_the_stage_applies_the_stored_calibration",),
     ),
     Mutation(
@@ -215,8 +215,8 @@ TABLE = (
     Mutation(
         "the reference is the bare base",
         "stages/experience.py",
-        'score_logprobs(roles, "reference", episodes, **scoring)',
-        "score_logprobs(roles, None, episodes, **scoring)",
+        'logprobs("policy"), logprobs("reference")',
+        'logprobs("policy"), logprobs(None)',
         (f"{PPO}::test_the_first_round_has_no_kl_and_a_ratio_of_1", PARITY),
     ),
     Mutation(
@@ -236,13 +236,6 @@ TABLE = (
         "if False:",
         (f"{GATES}::test_a_reward_that_scores_otherwise_is_refused",),
     ),
-    Mutation(
-        "the KL controller is in no checkpoint",
-        "stages/ppo.py",
-        'kl.load_state_dict(checkpoint.state["kl"])',
-        "pass",
-        (f"{PPO}::test_an_interrupted_run_ends_with_the_same_bytes",),
-    ),
     # ---- value and advantages
     Mutation(
         "the critic's head does not start at zero",
@@ -261,8 +254,8 @@ TABLE = (
     Mutation(
         "the policy moves in the critic's warm-up",
         "stages/update.py",
-        "statistics, critic_only=critic_only)\n        if separate_critic:",
-        "statistics, critic_only=False)\n        if separate_critic:",
+        "normalizer, step, critic_only=critic_only, first=first",
+        "normalizer, step, critic_only=False, first=first",
         (f"{PPO}::test_in_the_critics_warm_up_the_policy_keeps_every_bit[head]",),
     ),
     Mutation(
@@ -311,8 +304,8 @@ TABLE = (
     Mutation(
         "each process divides by its own tokens",
         "stages/update.py",
-        "normalizer = float(self._world.sum(local_tokens))",
-        "normalizer = float(local_tokens)",
+        "normalizer = float(self._world.sum(experience.lengths_B[rows].sum()))",
+        "normalizer = float(experience.lengths_B[rows].sum())",
         (f"{PROCESSES}::test_the_number_of_processes_does_not_change_gradient_or_step",),
     ),
     Mutation(
@@ -388,8 +381,8 @@ TABLE = (
     Mutation(
         "a reward function's fault names no iteration",
         "stages/ppo.py",
-        'where = f"iteration {iteration + 1}, {error.where}"',
-        "where = error.where",
+        '        where = f"iteration {number}, {where}".removesuffix(", ")\n',
+        "        pass\n",
         (f"{PPO}::test_a_reward_that_is_not_a_number_names_the_iteration_and_spares_the_checkpoint",),
     ),
     # ---- one base, many adapters
@@ -510,22 +503,15 @@ TABLE = (
     ),
     Mutation(
         "the critic is in no checkpoint",
-        "stages/ppo.py",
-        "    roles.save_tensors(learning, ",
-        '    roles.save_tensors({name: tensor for name, tensor in learning.items() if "value" not in name}, ',
-        (f"{PPO}::test_an_interrupted_run_ends_with_the_same_bytes",),
-    ),
-    Mutation(
-        "the optimizer is in no checkpoint",
-        "stages/ppo.py",
-        '        load_optimizer(checkpoint.folder / "optimizer.safetensors", optimizer, learning)\n',
-        "",
+        "stages/training_state.py",
+        '        return {**self.roles.parameters("policy"), **self.roles.parameters("value")}',
+        '        return self.roles.parameters("policy")',
         (f"{PPO}::test_an_interrupted_run_ends_with_the_same_bytes",),
     ),
     Mutation(
         "the critic is not in the result",
         "stages/ppo.py",
-        '        save_critic(roles, ppo, folder / "value")',
+        '        roles.save("value", folder / "value")',
         "        pass",
         (f"{PPO}::test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be",),
     ),
@@ -767,8 +753,8 @@ TABLE = (
     Mutation(
         "a torn checkpoint is resumed from",
         "pipeline/checkpoint.py",
-        "                if not torn:\n",
-        "                if True:\n",
+        "            if not torn:\n",
+        "            if True:\n",
         (f"{CHECKPOINT}::test_a_damaged_checkpoint_is_passed_over_for_the_one_before",),
     ),
     Mutation(
@@ -788,8 +774,8 @@ TABLE = (
     Mutation(
         "every process publishes the result",
         "stages/ppo.py",
-        '    if world.is_main:\n        extra = {"gates"',
-        '    if True:\n        extra = {"gates"',
+        "    if world.is_main:\n        extra = {",
+        "    if True:\n        extra = {",
         (f"{PROCESSES}::test_a_stage_of_two_processes_has_one_result",),
     ),
     Mutation(
@@ -881,6 +867,55 @@ TABLE = (
         '                return found["part"]',
         "                pass",
         (f"{EVALUATE}::test_an_evaluation_that_is_killed_does_nothing_twice",),
+    ),
+    Mutation(
+        "what the disk does not take of a log ends the stage",
+        "stages/launch.py",
+        "        except OSError as error:\n            if self._complete:",
+        "        except ZeroDivisionError as error:\n            if self._complete:",
+        ("tests/stages/test_full_disk.py::test_a_stage_that_runs_out_of_space_says_where",),
+    ),
+    Mutation(
+        "a source without a row in the mix goes unnoticed",
+        "pipeline/datasets.py",
+        "        if share == 0:",
+        "        if False:",
+        ("tests/pipeline/test_datasets.py::test_a_mix_has_the_proportions_of_its_weights",),
+    ),
+    Mutation(
+        "plain-text prompts for a policy that learned conversations go unnoticed",
+        "stages/preflight.py",
+        "    return list(warnings(instructions, prompts, preferences))",
+        "    return []",
+        ("tests/stages/test_preflight.py::test_what_is_seldom_meant_is_said_and_does_not_stop_the_run",),
+    ),
+    Mutation(
+        "a config may hold half a surrogate pair",
+        "pipeline/config_file.py",
+        "    _check_values(tree, str(path))\n",
+        "",
+        ("tests/pipeline/test_config.py::test_a_broken_file_is_refused",),
+    ),
+    Mutation(
+        "the reward model's calibration does not follow from how its answers were batched",
+        "stages/inputs.py",
+        'keys += ["generation_batch_size"] if stage == "reward" else []',
+        "keys += []",
+        ("tests/stages/test_inputs.py::test_a_setting_changes_the_stages_whose_result_follows_from_it",),
+    ),
+    Mutation(
+        "metrics of any form are read",
+        "pipeline/metrics.py",
+        "        if not _is_row(row):",
+        "        if False:",
+        ("tests/fuzz/test_state_files.py::test_edited_metrics_are_read_or_refused",),
+    ),
+    Mutation(
+        "a checkpoint's state of any form is read",
+        "pipeline/checkpoint.py",
+        "if step != int(folder.name) or not isinstance(state, dict):",
+        "if False:",
+        ("tests/fuzz/test_state_files.py::test_an_edited_checkpoint_is_passed_over",),
     ),
     Mutation(
         "equal policies do not get equal seeds",
