@@ -71,6 +71,25 @@ def test_a_stage_that_runs_out_of_space_says_where(
     assert "a line before" in log.read_text()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_that_cannot_grow_is_said_once_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "talking_stage.py").write_text("print('one')\nprint('two')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lines: list[str] = []
+    launch_stage(
+        "sft",
+        light_config(tmp_path),
+        [],
+        LaunchSettings(),
+        "/dev/full",
+        force=False,
+        on_line=lines.append,
+        on_progress=print,
+        module="talking_stage",
+    )
+    assert lines == ["warning: /dev/full: the log is not complete: No space left on device", "one", "two"]
+
+
 def test_a_real_stage_leaves_nothing_on_a_full_disk_and_finishes_with_room(small_disk: Path, tmp_path: Path) -> None:
     run_dir = small_disk / "run"
     loaded = tiny_config(tmp_path, f"run_dir={run_dir}")
