@@ -873,7 +873,7 @@ TABLE = (
         "stages/launch.py",
         "        except OSError as error:\n            if self._complete:",
         "        except ZeroDivisionError as error:\n            if self._complete:",
-        ("tests/stages/test_full_disk.py::test_a_stage_that_runs_out_of_space_says_where",),
+        ("tests/stages/test_full_disk.py::test_a_log_that_cannot_grow_is_said_once_and_ends_nothing",),
     ),
     Mutation(
         "a source without a row in the mix goes unnoticed",
