@@ -24,7 +24,7 @@ from pipeline.run_directory import RunDirectory
 from stages import evaluate, experience, ppo
 from stages.round_metrics import round_metrics
 
-SETTINGS = ("base.quantization=none", "launch.processes=2", "ppo.checkpoint_every=1")
+SETTINGS = ("base.quantization=none", "launch.processes=2", "ppo.checkpoint_every=1", "evaluate.batch_size=3")
 
 
 def given_responses(roles: Any, role: Any, prompt_ids: Any, sampling: Any, **_: Any) -> list[Response]:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
 import two_processes
+from process_group import TESTS, run_together
 from safetensors.torch import load_file
 from tiny_models import tiny_config
 from tiny_ppo import publish_reward, publish_sft, sharp_base
 
 from pipeline.artifacts import read_manifest
+from pipeline.config_file import load_config
 from pipeline.metrics import read_metrics
 from pipeline.run_directory import RunDirectory
-
-TESTS = Path(__file__).parents[1]
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+from stages import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +27,7 @@ def folder(tmp_path_factory):
     sharp_base(folder / "step")
     loaded = tiny_config(folder / "stage", *two_processes.SETTINGS)
     publish_reward(loaded, publish_sft(loaded))
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    address["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(TESTS / "two_processes.py"), str(folder)],
-            env=os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output[-4000:]
-    finally:
-        for process in running:
-            process.kill()
+    run_together(TESTS / "two_processes.py", folder)
     return folder
 
 
@@ -84,6 +57,16 @@ def test_a_stage_of_two_processes_has_one_result(folder):
         assert digests == {read_manifest(run.stage(stage)).digest}
     assert [row["step"] for row in read_metrics(run.metrics("ppo"))] == [1, 2]
     assert [path.name for path in run.root.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_evaluation_of_one_process_gives_the_bytes_of_two(folder):
+    two = RunDirectory(folder / "stage" / "run")
+    shutil.copytree(two.root, folder / "one")
+    shutil.rmtree(folder / "one" / "evaluate")
+    loaded = load_config(folder / "stage" / "tiny.yaml", [*two_processes.SETTINGS, f"run_dir={folder / 'one'}"])
+    one = evaluate.run(loaded, RunDirectory.open(loaded))
+    both = read_manifest(two.stage("evaluate"))
+    assert dict(one.files) == dict(both.files) and one.metrics == both.metrics and one.metrics["n"] == 8
 
 
 def test_each_process_draws_with_a_seed_of_its_own_in_each_round(folder):

@@ -2,84 +2,55 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from process_group import TESTS, run_together
 from safetensors.torch import load_file
 from tiny_models import tiny_config
+from torch import Tensor
 from torch.testing import assert_close
 
 from pipeline.artifacts import read_manifest
-from pipeline.metrics import read_metrics
+from pipeline.config_file import LoadedConfig
+from pipeline.metrics import MetricsRow, read_metrics
 from pipeline.run_directory import RunDirectory
 from stages import reward, sft
 
-ROOT = Path(__file__).parents[2]
-BOTH_STAGES = """
-import sys
-import torch
-from pipeline.config_file import load_config
-from pipeline.run_directory import RunDirectory
-from stages import reward, sft
 
-torch.set_num_threads(1)
-loaded = load_config(sys.argv[1])
-run = RunDirectory.open(loaded)
-for stage in (sft, reward):
-    stage.run(loaded, run)
-"""
-
-
-def config(folder: Path):
+def config(folder: Path, *overrides: str) -> LoadedConfig:
     # SGD, since Adam's first steps would hide a wrong scale of the gradient.
     training = {"batch_size": 8, "microbatch_size": 2, "max_steps": 3, "learning_rate": 0.05, "optimizer": "sgd"}
     training |= {"max_length": 64, "log_every": 1}
-    return tiny_config(folder, sft=training, reward=training | {"calibration_prompts": 8})
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+    return tiny_config(folder, *overrides, sft=training, reward=training | {"calibration_prompts": 8})
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, RunDirectory]:
-    """The run of one process, and that of two."""
-    one, two = (config(tmp_path_factory.mktemp("processes") / name) for name in ("one", "two"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process and two leave behind; started once for all tests of this file."""
+    folder = tmp_path_factory.mktemp("processes")
+    one = config(folder, f"run_dir={folder / 'one'}")
     for stage in (sft, reward):
         stage.run(one, RunDirectory.open(one))
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", BOTH_STAGES, str(two.path)],
-            env=os.environ
-            | address
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in running:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output[-4000:]
-    finally:
-        for process in running:
-            process.kill()
-    return RunDirectory(one.config.run_dir), RunDirectory(two.config.run_dir)
+    run_together(TESTS / "two_trainings.py", folder)
+    return folder
+
+
+@pytest.fixture
+def runs(folder: Path) -> tuple[RunDirectory, RunDirectory]:
+    """The run of one process, and that of two."""
+    return RunDirectory(folder / "one"), RunDirectory(folder / "two")
+
+
+def adapter(run: RunDirectory, stage: Any = "sft") -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_file(run.stage(stage) / "adapter_model.safetensors")
+    return tensors
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_two_processes_train_the_adapter_that_one_trains(runs: tuple[RunDirectory, RunDirectory], stage) -> None:
-    one, two = (load_file(run.stage(stage) / "adapter_model.safetensors") for run in runs)
+    one, two = (adapter(run, stage) for run in runs)
     assert_close(two, one, rtol=1e-4, atol=1e-6)
     assert max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name) > 1e-3
 
@@ -90,3 +61,28 @@ def test_two_processes_write_one_result_with_the_same_figures(runs: tuple[RunDir
     assert two == pytest.approx(one, rel=1e-4) if stage == "sft" else set(two) == set(one)
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
     assert [row["step"] for row in read_metrics(runs[1].metrics(stage))] == [1, 2, 3]
+
+
+def test_processes_stop_together_and_go_on_to_the_same_bytes(folder: Path) -> None:
+    assert [(folder / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["00000002"] * 2
+    straight, stopped = (RunDirectory(folder / name) for name in ("straight", "stopped"))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (stopped.stage("sft") / name).read_bytes() == (straight.stage("sft") / name).read_bytes()
+    assert read_manifest(stopped.stage("sft")).metrics == read_manifest(straight.stage("sft")).metrics
+    assert figures(stopped) == figures(straight)
+
+
+def figures(run: RunDirectory) -> list[MetricsRow]:
+    rows = read_metrics(run.metrics("sft"))
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def test_a_process_that_runs_out_of_memory_tries_again_while_the_others_wait(folder: Path) -> None:
+    assert (folder / "ran-out").exists()
+    scarce, two = adapter(RunDirectory(folder / "scarce")), adapter(RunDirectory(folder / "two"))
+    assert_close(scarce, two, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(folder: Path) -> None:
+    said = [(folder / f"diverged-{rank}").read_text() for rank in (0, 1)]
+    assert said == ["the loss is not finite at step 2"] * 2
