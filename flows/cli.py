@@ -130,7 +130,7 @@ def data(config: Config, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides)
     settings = loaded.config
 
-    from pipeline.base_model import load_tokenizer
+    from pipeline.base_files import load_tokenizer
     from pipeline.chat import ChatFormat
     from pipeline.data_report import render_reports, warnings
     from pipeline.datasets import load_instructions, load_preferences, load_prompts

@@ -6,14 +6,8 @@ The base is never trained. `fingerprint` proves that a stage left it as it was.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
-import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import bitsandbytes
@@ -22,24 +16,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from pipeline.artifacts import BaseIdentity
-from pipeline.base_source import BaseSource, locate, read_template
+from pipeline.base_files import as_folder, read_tokenizer
+from pipeline.base_source import locate
 from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
-from pipeline.disk import writing
 from pipeline.errors import BaseModelError
-from pipeline.run_directory import sync_tree
-
-CONVERSION_VERSION = 1
-"""Raised when a GGUF conversion must be made again."""
-
-_DRAFT = ".converting-"
 
 
 @dataclass(frozen=True)
@@ -50,30 +36,6 @@ class Base:
     chat: ChatFormat
     identity: BaseIdentity
     device: torch.device
-
-
-def load_tokenizer(base: BaseSettings) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the config's chat template where one is set.
-
-    Raises:
-        BaseModelError: the base or its tokenizer cannot be found or read.
-    """
-    source = locate(base)
-    return _read_tokenizer(_as_folder(source, base), base)
-
-
-def _read_tokenizer(folder: Path, base: BaseSettings) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=base.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(
-            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
-            where=str(folder),
-            remedy="The folder needs tokenizer.json (or the files of a slow tokenizer) beside the weights.",
-        ) from None
-    if base.chat_template is not None:
-        tokenizer.chat_template = read_template(base.chat_template)
-    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def load_base(base: BaseSettings, device: torch.device | str | None = None) -> Base:
@@ -88,8 +50,8 @@ def load_base(base: BaseSettings, device: torch.device | str | None = None) -> B
     """
     device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
     source = locate(base)
-    folder = _as_folder(source, base)
-    chat = ChatFormat(_read_tokenizer(folder, base))
+    folder = as_folder(source, base)
+    chat = ChatFormat(read_tokenizer(folder, base))
     dtype = compute_dtype(base, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -217,71 +179,3 @@ def _quantization_constants(model: nn.Module) -> Iterator[tuple[str, torch.Tenso
             scale = cast(Any, module.weight).SCB
             found = {"scale": cast(Any, module.state).SCB if scale is None else scale}  # the first forward moves it
         yield from ((f"{name}.{key}", tensor) for key, tensor in found.items() if tensor is not None)
-
-
-def _as_folder(source: BaseSource, base: BaseSettings) -> Path:
-    """The folder to load from; a GGUF file is converted to safetensors once and kept in the cache."""
-    if source.kind == "folder":
-        return source.path
-    folder = (
-        Path(base.cache_dir).expanduser() / "gguf" / f"{source.path.stem}-{source.weights[:16]}-v{CONVERSION_VERSION}"
-    )
-    if not folder.exists():
-        print(f"Converting {source.path.name} to safetensors, once; it is kept in {folder}.", flush=True)
-        _convert_gguf(source.path, folder)
-    return folder
-
-
-def _convert_gguf(file: Path, folder: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise BaseModelError(
-            "reading a GGUF file needs the package 'gguf'",
-            where=str(file),
-            remedy="Install it: pip install 'trivet[gguf]'",
-        ) from None
-    with writing(folder, error=BaseModelError, elsewhere="set base.cache_dir to another folder"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_old_drafts(folder.parent)
-        draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder.parent))
-        try:
-            model, tokenizer = _read_gguf(file)
-            model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
-            sync_tree(draft)
-            draft.chmod(0o755)
-            try:
-                os.rename(draft, folder)
-            except OSError:
-                if not folder.exists():  # another process was first: its conversion is the same
-                    raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _read_gguf(file: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a GGUF file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
-        except Exception as error:  # the reader fails in as many ways as a file can be broken
-            raise BaseModelError(
-                f"the GGUF file cannot be read: {type(error).__name__}: {str(error)[:200]}",
-                where=str(file),
-                remedy="It may be torn, or of an architecture that transformers cannot read from GGUF.",
-            ) from error
-    # The weights are plain tensors by now; saving would refuse while the config still calls them GGUF.
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    return model, tokenizer
-
-
-def _remove_old_drafts(cache: Path) -> None:
-    """Remove what conversions that were killed left behind; one that goes on takes less than a day."""
-    for draft in cache.glob(f"{_DRAFT}*"):
-        if time.time() - draft.stat().st_mtime > 86_400:
-            shutil.rmtree(draft, ignore_errors=True)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from pipeline.artifacts import Manifest, digest, read_manifest
-from pipeline.base_model import Base, fingerprint, load_base, load_tokenizer, require_unchanged
+from pipeline.base_files import load_tokenizer
+from pipeline.base_model import Base, fingerprint, load_base, require_unchanged
 from pipeline.chat import ChatFormat
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_prompts

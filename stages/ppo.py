@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from pipeline.artifacts import Manifest, digest, read_manifest
-from pipeline.base_model import fingerprint, load_base, load_tokenizer, require_unchanged
+from pipeline.base_files import load_tokenizer
+from pipeline.base_model import fingerprint, load_base, require_unchanged
 from pipeline.chat import ChatFormat
 from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig

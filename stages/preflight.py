@@ -63,7 +63,7 @@ def check(loaded: LoadedConfig) -> list[str]:
     Raises:
         TrivetError: the first fault; its kind says whether config, base, data or a function is to blame.
     """
-    from pipeline.base_model import load_tokenizer
+    from pipeline.base_files import load_tokenizer
     from pipeline.chat import ChatFormat
     from pipeline.data_report import warnings
     from pipeline.datasets import load_instructions, load_preferences, load_prompts

@@ -29,7 +29,8 @@ from torch import Tensor
 from trl import RewardTrainer
 
 from pipeline.artifacts import Manifest, digest, read_manifest, require_same_base
-from pipeline.base_model import Base, fingerprint, load_base, load_tokenizer, require_unchanged
+from pipeline.base_files import load_tokenizer
+from pipeline.base_model import Base, fingerprint, load_base, require_unchanged
 from pipeline.batching import group_by_tokens, pad
 from pipeline.chat import ChatFormat
 from pipeline.config import PipelineConfig

@@ -24,7 +24,8 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from pipeline.artifacts import Manifest, digest, read_manifest
-from pipeline.base_model import fingerprint, load_base, load_tokenizer, require_unchanged
+from pipeline.base_files import load_tokenizer
+from pipeline.base_model import fingerprint, load_base, require_unchanged
 from pipeline.batching import group_by_tokens, pad
 from pipeline.chat import ChatFormat
 from pipeline.config_file import LoadedConfig

@@ -146,7 +146,7 @@ def test_a_model_is_loaded_from_safetensors_or_gguf_alone() -> None:
                 if source in ("AutoTokenizer", "LoraConfig"):
                     continue
                 options = {option.arg: ast.unparse(option.value) for option in node.keywords}
-                assert options.get("use_safetensors") == "True" or path.name == "base_model.py", ast.unparse(node)
+                assert options.get("use_safetensors") == "True" or path.name == "base_files.py", ast.unparse(node)
                 seen.append((path.name, source, "use_safetensors" in options))
     assert ("base_model.py", "AutoModelForCausalLM", True) in seen
     assert sum(not safe for _, _, safe in seen) == 1, "only the reader of GGUF files, which cannot hold a pickle"

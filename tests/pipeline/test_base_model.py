@@ -18,8 +18,9 @@ from tiny_models import loaded_tiny_base, tiny_base
 from tiny_ppo import ppo_roles, tiny_round
 from transformers import AutoModelForCausalLM
 
-from pipeline import base_model
-from pipeline.base_model import compute_dtype, fingerprint, load_base, load_tokenizer
+from pipeline import base_files
+from pipeline.base_files import load_tokenizer
+from pipeline.base_model import compute_dtype, fingerprint, load_base
 from pipeline.base_source import locate
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
@@ -200,8 +201,8 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gguf")
     tensors = tiny_gguf(tmp_path / "tiny.gguf")
     conversions = []
-    own = base_model._convert_gguf
-    monkeypatch.setattr(base_model, "_convert_gguf", lambda *args: conversions.append(args) or own(*args))
+    own = base_files._convert_gguf
+    monkeypatch.setattr(base_files, "_convert_gguf", lambda *args: conversions.append(args) or own(*args))
     first = load_base(settings(tmp_path / "tiny.gguf"), "cpu")
     again = load_base(settings(tmp_path / "tiny.gguf", quantization="nf4"), "cpu")
     assert len(conversions) == 1 and capsys.readouterr().out.count("Converting tiny.gguf") == 1
