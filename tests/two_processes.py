@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from pipeline.distributed import World
 from pipeline.errors import DivergenceError
 from pipeline.generation import Response
 from pipeline.run_directory import RunDirectory
-from stages import evaluate, experience, ppo
+from stages import evaluate, experience, interruption, ppo
+from stages.interruption import Interrupted
 from stages.round_metrics import round_metrics
+from stages.update import Updater
 
 SETTINGS = ("base.quantization=none", "launch.processes=2", "ppo.checkpoint_every=1", "evaluate.batch_size=3")
 
@@ -76,6 +79,29 @@ def main(folder: Path) -> None:
     stages = {"ppo": ppo.run(loaded, run).digest, "evaluate": evaluate.run(loaded, run).digest}
     (folder / f"stages-{world.rank}.json").write_text(json.dumps(stages))
     (folder / f"seeds-{world.rank}.json").write_text(json.dumps(seeds))
+
+    # One process is asked to stop in the midst of an iteration: both stop there, and both go on from there.
+    again = load_config(folder / "stage" / "tiny.yaml", [*SETTINGS, f"run_dir={folder / 'again'}"])
+    if world.is_main:
+        for parent in ("sft", "reward"):
+            shutil.copytree(run.stage(parent), folder / "again" / parent)
+    world.wait()
+    step, steps = Updater._step, []
+
+    def asked(*args: Any, **named: Any) -> Any:
+        steps.append(named["where"])
+        if world.rank == 1 and len(steps) == 6:
+            interruption.request()
+        return step(*args, **named)
+
+    Updater._step = asked
+    for _ in range(2):
+        try:
+            resumed = ppo.run(again, RunDirectory.find(again))
+        except Interrupted:
+            steps.append("stopped")
+            interruption.withdraw()
+    (folder / f"again-{world.rank}.json").write_text(json.dumps({"digest": resumed.digest, "steps": steps}))
 
     # One process finds what is not finite: both stop.
     found = tiny_round(sharp_base(folder / "step"))

@@ -74,6 +74,19 @@ def test_each_process_draws_with_a_seed_of_its_own_in_each_round(folder):
     assert len(seeds) == len(set(seeds)) == 4
 
 
+def test_both_stop_where_one_is_asked_to_and_go_on_to_the_same_result(folder):
+    undisturbed = read_manifest(RunDirectory(folder / "stage" / "run").stage("ppo")).digest
+    said = [json.loads((folder / f"again-{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0] == said[1] and said[0]["digest"] == undisturbed
+    every = [
+        f"iteration {iteration}, epoch {epoch}, minibatch {number}"
+        for iteration in (1, 2)
+        for epoch in (1, 2)
+        for number in (1, 2)
+    ]
+    assert said[0]["steps"] == [*every[:6], "stopped", *every[6:]]
+
+
 def test_what_is_not_finite_in_one_process_stops_both(folder):
     said = [(folder / f"stopped-{rank}").read_text() for rank in (0, 1)]
     assert said == ["values of this round are not finite"] * 2
