@@ -34,6 +34,7 @@ _AT_WORK = ("RUNNING", "PENDING", "PAUSED")
 _MOST_STARTS = 5
 """A run that lost its process so often is left alone: it may be what brings the machine down."""
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_TO_DIE = 60.0
 _SECONDS_TO_START = 90.0
 _SECONDS_BETWEEN_STARTS = 5.0
 
@@ -213,7 +214,7 @@ class _Queue:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._seen: set[UUID] = set()
+        self._seen: dict[UUID, float] = {}
         self._since = datetime.now(UTC)
 
     def make_pool(self) -> None:
@@ -236,7 +237,7 @@ class _Queue:
     def look(self) -> None:
         """Remember which runs are at work now."""
         with _client() as client:
-            self._seen = {run.id for run in _runs(client, _AT_WORK)}
+            self._seen |= {run.id: time.monotonic() for run in _runs(client, _AT_WORK)}
 
     def put_back(self) -> None:
         """While no worker runs: put the runs back into the queue that were at work, and finish cancelled ones."""
@@ -244,7 +245,9 @@ class _Queue:
 
         with _client() as client:
             lost = {run.id: run for run in _runs(client, _AT_WORK)}
-            lost |= {run.id: run for run in _runs(client, ("CRASHED",)) if run.id in self._seen}
+            # The processes of a worker that was killed may have said so themselves, shortly before it is noticed.
+            recently = {run for run, seen in self._seen.items() if time.monotonic() - seen < _SECONDS_TO_DIE}
+            lost |= {run.id: run for run in _runs(client, ("CRASHED",)) if run.id in recently}
             for run in lost.values():
                 if run.run_count >= _MOST_STARTS:
                     self._say(f"Run {run.name} lost its process {run.run_count} times and is left alone.")
@@ -256,7 +259,7 @@ class _Queue:
                 self._say(f"Run {run.name} goes back into the queue and resumes.")
             for run in _runs(client, ("CANCELLING",)):
                 client.set_flow_run_state(run.id, Cancelled(), force=True)
-        self._seen = set()
+        self._seen = {}
 
 
 def _client() -> SyncPrefectClient:
