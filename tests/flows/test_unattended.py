@@ -1,0 +1,312 @@
+"""`trivet up` and what runs on it by itself: real server, worker, processes, signals; on the tiny model.
+
+The tests of this file share one server and one run directory, and follow each other.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from real_runs import ROOT, environment, no_process_with, processes_with, wait_for
+from tiny_models import tiny_config
+
+from flows.server import answers
+from pipeline.artifacts import read_manifest
+from pipeline.config_file import LoadedConfig
+from pipeline.registry import Registry
+from pipeline.run_directory import STAGES, RunDirectory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+PASSWORD = "trivet:open-sesame-8"
+"""The server wants it everywhere in this file."""
+
+LONG = ["ppo.iterations=30", "ppo.checkpoint_every=1"]
+"""PPO long enough to be stopped twice."""
+
+
+class Box:
+    """A machine on which `trivet up` runs, in a Prefect home of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        reward = {"batch_size": 4, "microbatch_size": 2, "max_length": 128, "max_steps": 4, "calibration_prompts": 8}
+        self.loaded: LoadedConfig = tiny_config(folder, reward=reward | {"log_every": 1})
+        self.run = RunDirectory(self.loaded.config.run_dir)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        (folder / "cache").mkdir()
+        self.environment = environment(folder / "cache") | {
+            "PREFECT_HOME": str(folder / "prefect"),
+            "PREFECT_SERVER_API_AUTH_STRING": PASSWORD,
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",
+            "PREFECT_CLI_COLORS": "false",
+            "COLUMNS": "200",
+        }
+        self.mark = f"PREFECT_HOME={folder / 'prefect'}"
+        deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+        for deployment in deployments["deployments"]:
+            deployment["entrypoint"] = f"{ROOT}/{deployment['entrypoint']}"
+            deployment["parameters"] = {"config": "tiny.yaml"}
+        (folder / "prefect.yaml").write_text(yaml.safe_dump(deployments))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def up(self) -> None:
+        before = len(self.said())
+        with (self.folder / "up.log").open("ab") as log:
+            command = [sys.executable, "-m", "flows.cli", "up", "--port", str(self.port)]
+            self.process = subprocess.Popen(
+                command, env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT
+            )
+        wait_for(lambda: "The page" in self.said()[before:] or self.ended(), "trivet up", 180, self.said)
+        assert not self.ended(), self.said()
+
+    def down(self) -> int:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(120)
+
+    def ended(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    def answers(self) -> bool:
+        return answers(self.url)
+
+    def said(self) -> str:
+        path = self.folder / "up.log"
+        return path.read_text() if path.exists() else ""
+
+    def prefect(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "prefect", *arguments]
+        variables = self.environment | {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": PASSWORD}
+        done = subprocess.run(
+            command, env=variables, cwd=self.folder, capture_output=True, text=True, timeout=400, check=False
+        )
+        assert not check or done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}\n{self.said()}"
+        return done
+
+    def submit(self, deployment: str, *overrides: str) -> str:
+        """Submit a run; its id."""
+        said = self.prefect("deployment", "run", deployment, "--params", json.dumps({"overrides": overrides})).stdout
+        return said.partition("UUID: ")[2].split()[0]
+
+    def watch(self, deployment: str, *overrides: str, check: bool = True) -> tuple[str, str]:
+        """Submit a run and wait for its end; its id, and what the command says."""
+        parameters = ("--params", json.dumps({"overrides": overrides}))
+        done = self.prefect(
+            "deployment", "run", deployment, *parameters, "--watch", "--watch-timeout", "380", check=check
+        )
+        return done.stdout.partition("UUID: ")[2].split()[0], done.stdout
+
+    def ask(self, path: str, method: str = "POST", **body: Any) -> Any:
+        password = base64.b64encode(PASSWORD.encode()).decode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {password}"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers, method=method)
+        answer = urllib.request.urlopen(request, timeout=30).read()
+        return json.loads(answer) if answer else None
+
+    def state(self, run_id: str) -> str:
+        return str(self.ask(f"/flow_runs/{run_id}", method="GET")["state"]["name"])
+
+    def reaches(self, run_id: str, state: str, seconds: float = 300.0) -> None:
+        wait_for(lambda: self.state(run_id) == state, f"the run is {state}", seconds, self.said)
+
+    def tasks(self, run_id: str) -> dict[str, dict[str, Any]]:
+        found = self.ask("/task_runs/filter", flow_runs={"id": {"any_": [run_id]}})
+        return {task["name"].rpartition("-")[0]: task["state"] for task in found}
+
+    def process_of(self, program: str) -> int:
+        """The process id of Prefect's server or worker."""
+        lines = processes_with(self.mark)
+        (pid,) = [pid for pid, line in lines.items() if f"prefect {program} start" in line and "supervisor" not in line]
+        return pid
+
+    def stage_processes(self) -> list[str]:
+        """The command lines of stages, which do not inherit Prefect's settings."""
+        return [line for line in processes_with(f"XDG_CACHE_HOME={self.folder}").values() if "stages." in line]
+
+    def iterations(self) -> int:
+        path = self.run.metrics("ppo")
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def is_in_ppo(self, more_than: int) -> None:
+        """Wait until PPO is at work, so many iterations done."""
+        wait_for(
+            lambda: any("stages.ppo" in line for line in self.stage_processes()) and self.iterations() > more_than,
+            f"PPO is past iteration {more_than}",
+            240,
+            self.said,
+        )
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    box = Box(tmp_path_factory.mktemp("box"))
+    try:
+        box.up()
+        yield box
+    finally:
+        if box.process is not None and box.process.poll() is None:
+            box.process.kill()  # the kernel closes the lifelines of all that it has started
+            box.process.wait()
+        assert no_process_with(f"XDG_CACHE_HOME={box.folder}")
+
+
+def test_a_mistake_is_refused_at_submission(box: Box) -> None:
+    refused = box.prefect("deployment", "run", "sft/quickstart", "-p", 'overrides=["sft.epoch=1"]', check=False)
+    assert refused.returncode == 1
+    assert "'sft.epoch=1' does not match" in refused.stdout
+    refused = box.prefect("deployment", "run", "sft/quickstart", "-p", "config=run.txt", check=False)
+    assert refused.returncode == 1
+    assert box.ask("/flow_runs/filter") == []
+
+
+def test_a_deployment_runs_all_stages_then_none(box: Box) -> None:
+    first, said = box.watch("rlhf/quickstart")
+    assert "Completed" in said
+    summary = json.loads(box.run.summary.read_text())
+    assert [name for name, stage in summary["stages"].items() if not stage["cached"]] == list(STAGES)
+    assert {name: state["name"] for name, state in box.tasks(first).items()} == dict.fromkeys(STAGES, "Completed")
+
+    # The page: figures, samples, lineage, curves, progress; and a log that is kept short.
+    artifacts = {artifact["key"]: artifact for artifact in box.ask("/artifacts/filter", limit=200)}
+    digest = read_manifest(box.run.stage("sft")).digest[:12]
+    assert "| sft | ran: not run yet |" in artifacts["summary"]["data"]
+    assert (
+        f"| reward | `{read_manifest(box.run.stage('reward')).digest[:12]}` | sft `{digest}` |"
+        in artifacts["lineage"]["data"]
+    )
+    assert artifacts["samples"]["data"].count("| PPO |") == 2
+    for stage in ("sft", "reward", "ppo"):
+        assert artifacts[f"curves-{stage}"]["data"].startswith(f"![Curves of {stage}](data:image/svg+xml;base64,")
+    assert artifacts["progress-ppo"]["data"] == 100.0
+
+    started = time.monotonic()
+    again, said = box.watch("rlhf/quickstart")
+    assert "Completed" in said
+    print(f"a run with nothing to do: {time.monotonic() - started:.1f} s from submission to its end")
+    states = box.tasks(again)
+    assert {name: state["name"] for name, state in states.items()} == dict.fromkeys(STAGES, "Cached")
+    assert states["ppo"]["message"].startswith("unchanged: base, data, settings, parents and code")
+
+
+def test_a_schedule_fires(box: Box) -> None:
+    box.prefect("deployment", "schedule", "create", "rlhf/nightly", "--interval", "30", "--active")
+    completed = {"state": {"type": {"any_": ["COMPLETED"]}}}
+
+    def fired() -> bool:
+        return any(run["auto_scheduled"] for run in box.ask("/flow_runs/filter", flow_runs=completed))
+
+    wait_for(fired, "a scheduled run is completed", 180, box.said)
+    box.prefect("deployment", "schedule", "clear", "rlhf/nightly", "--accept-yes")
+    for run in box.ask("/flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}}):
+        box.ask(f"/flow_runs/{run['id']}", method="DELETE")
+
+
+def test_the_password_is_needed_and_not_told(box: Box) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{box.url}/deployments/name/rlhf/quickstart", timeout=30)
+    files = [*box.folder.glob("*.log"), *(box.folder / "prefect").glob("*.log"), *box.run.root.rglob("*")]
+    texts = [path.read_bytes() for path in files if path.is_file()]
+    texts += [json.dumps(box.ask(f"/{kind}/filter", limit=200)).encode() for kind in ("artifacts", "logs", "flow_runs")]
+    assert len(texts) > 20
+    assert not [text for text in texts if PASSWORD.encode() in text or PASSWORD.partition(":")[2].encode() in text]
+
+
+def test_a_missed_gate_stops_the_run_with_the_figure(box: Box) -> None:
+    run, said = box.watch("rlhf/quickstart", "gates.max_sft_loss=0.001", check=False)
+    assert "finished in state 'Failed'" in said
+    assert box.state(run) == "Failed"
+    states = box.tasks(run)
+    assert list(states) == ["sft"]
+    assert "wanted at most 0.001" in states["sft"]["message"]
+
+
+def test_a_person_approves_on_the_page(box: Box) -> None:
+    registry = Registry(box.folder / "registry")
+    run = box.submit("rlhf/quickstart", "registry.promote=approved")
+    box.reaches(run, "Paused")
+    assert registry.current is None
+    assert box.ask(f"/flow_runs/{run}/resume", run_input={"approve": "perhaps"})["status"] == "REJECT"
+    box.ask(f"/flow_runs/{run}/resume", run_input={"approve": True, "note": "looks good"})
+    box.reaches(run, "Completed")
+    assert registry.current is not None
+    assert registry.current.note == "looks good"
+    assert registry.current.digest == read_manifest(box.run.stage("ppo")).digest
+
+    refused = box.submit("rlhf/quickstart", "registry.promote=approved")
+    box.reaches(refused, "Paused")
+    box.ask(f"/flow_runs/{refused}/resume", run_input={"approve": False, "note": "too verbose"})
+    box.reaches(refused, "Failed")
+    message = box.ask(f"/flow_runs/{refused}", method="GET")["state"]["message"]
+    assert "the policy was not approved: too verbose" in message
+    assert len(registry.history) == 1
+
+
+def test_a_cancelled_run_leaves_nothing_and_resumes_also_after_its_worker_was_killed(box: Box) -> None:
+    before = (box.run.stage("ppo") / "trivet.json").read_bytes()
+    box.run.metrics("ppo").unlink()
+    cancelled = box.submit("rlhf/quickstart", *LONG)
+    box.is_in_ppo(more_than=1)
+    box.prefect("flow-run", "cancel", cancelled)
+    wait_for(lambda: not box.stage_processes(), "its processes have ended", 30)
+    box.reaches(cancelled, "Cancelled", 30)
+    assert (box.run.stage("ppo") / "trivet.json").read_bytes() == before  # no half result
+    stopped_at = box.iterations()
+    assert stopped_at < 30
+
+    resumed = box.submit("rlhf/quickstart", *LONG)
+    box.is_in_ppo(more_than=stopped_at + 1)
+    assert box.run.log("ppo").read_text().count("Resuming after") == 1
+    os.kill(box.process_of("worker"), signal.SIGKILL)
+    wait_for(lambda: "goes back into the queue" in box.said(), "the lost run is noticed", 60, box.said)
+    box.reaches(resumed, "Completed")
+    assert box.run.log("ppo").read_text().count("Resuming after") == 2
+    steps = [json.loads(line)["step"] for line in box.run.metrics("ppo").read_text().splitlines()]
+    assert steps == list(range(1, 31))
+    assert read_manifest(box.run.stage("ppo")).extra["iterations"] == 30
+
+
+def test_it_survives_its_server_ends_in_order_and_its_runs_go_on_when_it_is_up_again(box: Box) -> None:
+    box.run.metrics("ppo").unlink()
+    run = box.submit("rlhf/quickstart", "ppo.iterations=31", "ppo.checkpoint_every=1")
+    box.is_in_ppo(more_than=1)
+    os.kill(box.process_of("server"), signal.SIGKILL)
+    wait_for(lambda: "The server has ended" in box.said(), "the server's end is noticed", 60, box.said)
+    box.is_in_ppo(more_than=box.iterations() + 1)
+    wait_for(box.answers, "there is a server again", 120, box.said)
+    assert box.state(run) == "Running"
+    assert box.down() == 0
+    assert no_process_with(f"XDG_CACHE_HOME={box.folder}", 5)
+    box.up()
+    box.reaches(run, "Completed")
+    assert read_manifest(box.run.stage("ppo")).extra["iterations"] == 31
+    assert box.down() == 0
+
+
+def test_a_port_in_use_is_named(box: Box) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "flows.cli", "up", "--port", str(port)]
+        done = subprocess.run(command, env=box.environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port}: the port cannot be used" in done.stderr
+    assert "trivet up --port N" in done.stderr
