@@ -56,7 +56,7 @@ def stopped(folder: Path) -> None:
 
 
 def out_of_memory(folder: Path) -> None:
-    """In process 1 one backward pass does not fit, the second of a step: gradients of the first are there."""
+    """In process 1 one backward pass does not fit, the second of the second step: gradients of the first are there."""
     own = LlamaDecoderLayer.forward
 
     def fail_once() -> None:
@@ -73,7 +73,7 @@ def out_of_memory(folder: Path) -> None:
 
         LlamaDecoderLayer.forward = forward
 
-    in_process(1, 2, fail_once)
+    in_process(1, 4, fail_once)
     run(folder, "scarce", sft)
 
 
