@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from datetime import datetime
 from pathlib import Path
@@ -125,11 +126,17 @@ def submit(url: str) -> dict[str, Any]:
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    """The API's answer."""
+    """The API's answer; a server whose database is busy is asked again, as Prefect's own client does."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as reply:
-        return json.loads(reply.read())
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+        time.sleep(0.2)
 
 
 def free_port() -> int:

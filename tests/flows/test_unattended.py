@@ -118,8 +118,15 @@ class Box:
         password = base64.b64encode(PASSWORD.encode()).decode()
         headers = {"Content-Type": "application/json", "Authorization": f"Basic {password}"}
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers, method=method)
-        answer = urllib.request.urlopen(request, timeout=30).read()
-        return json.loads(answer) if answer else None
+        for _ in range(50):
+            try:
+                answer = urllib.request.urlopen(request, timeout=30).read()
+                return json.loads(answer) if answer else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # its database is busy; Prefect's own client asks again as well
+                    raise
+            time.sleep(0.2)
+        raise AssertionError(f"the server stays busy: {path}\n{self.said()}")
 
     def state(self, run_id: str) -> str:
         return str(self.ask(f"/flow_runs/{run_id}", method="GET")["state"]["name"])
