@@ -149,16 +149,16 @@ def checkpoint_costs(
 ) -> dict[str, float]:
     """Seconds to keep a round, to write a checkpoint and to put it back, and their share of an iteration."""
     config = PipelineConfig(run_dir="unused", base=BaseSettings(model=MODEL), ppo=ppo)
-    state = TrainingState(roles, optimizer, FixedKL(0.05), budgets)
+    state = TrainingState(roles, optimizer, FixedKL(0.05), budgets, World(), "bench")
     with tempfile.TemporaryDirectory(prefix="trivet-bench-") as folder:
         rounds = Rounds(Path(folder), config, "bench", World(), warn=print)
-        checkpoints = Checkpoints(Path(folder), config, "bench", warn=print)
+        checkpoints = Checkpoints(Path(folder), config, "bench", World(), warn=print)
         started = time.monotonic()
-        rounds.save(0, state.digest(), experience)
+        rounds.save(0, state.digest(), experience, budgets)
         kept = time.monotonic()
         checkpoints.save(1, state)
         saved = time.monotonic()
-        Checkpoints(Path(folder), config, "bench", warn=print).restore(state, rounds.exists)
+        Checkpoints(Path(folder), config, "bench", World(), warn=print).restore(state, rounds.exists)
         restored = time.monotonic()
         size = sum(path.stat().st_size for path in (Path(folder) / "checkpoints").rglob("*") if path.is_file())
     each = (kept - started) + (saved - kept) / ppo.checkpoint_every

@@ -49,8 +49,7 @@ def load_base(base: BaseSettings, device: torch.device | str | None = None) -> B
         BaseModelError: the base is not there, or its architecture or tokenizer cannot be used.
     """
     device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
-    source = locate(base)
-    folder = as_folder(source, base)
+    folder = as_folder(locate(base), base)
     chat = ChatFormat(read_tokenizer(folder, base))
     dtype = compute_dtype(base, device)
     try:
@@ -73,15 +72,19 @@ def load_base(base: BaseSettings, device: torch.device | str | None = None) -> B
     model.generation_config = type(model.generation_config)()  # sampling settings are trivet's, not the checkpoint's
     _keep_4bit_storage_as_it_is(model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    identity = BaseIdentity(
+    return Base(cast(PreTrainedModel, model), chat, base_identity(base, chat, device), device)
+
+
+def base_identity(base: BaseSettings, chat: ChatFormat, device: torch.device) -> BaseIdentity:
+    """What makes this base the one that it is on this device; known without its weights."""
+    return BaseIdentity(
         model=base.model,
         revision=base.revision,
-        weights=source.weights,
-        quantization=_quantization_name(base, dtype),
+        weights=locate(base).weights,
+        quantization=_quantization_name(base, compute_dtype(base, device)),
         tokenizer=chat.tokenizer_digest,
         chat_template=chat.template_digest,
     )
-    return Base(cast(PreTrainedModel, model), chat, identity, device)
 
 
 def compute_dtype(base: BaseSettings, device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import folder_files, seal, unseal
 from pipeline.disk import writing
-from pipeline.run_directory import read_json, sync_tree, write_json
+from pipeline.run_directory import read_json, sync, sync_tree, write_json
 
 STATE = "state.json"
 _DRAFT = ".draft-"
@@ -69,6 +69,7 @@ class CheckpointFolder:
                 target = self.root / f"{step:08d}"
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(draft, target)
+                sync(self.root)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         # A later step is not this run's: it was passed over, and would push out what is written now.
@@ -77,14 +78,17 @@ class CheckpointFolder:
         for old in later + earlier[self._keep_last :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+    def latest(
+        self, warn: Callable[[str], None], usable: Callable[[Checkpoint], bool] = lambda _: True
+    ) -> Checkpoint | None:
         """The newest checkpoint that is whole and was made from the same inputs; None if there is none.
 
         Args:
             warn: told of each one that is passed over, and why.
+            usable: what else a checkpoint must satisfy.
         """
         found = (self._verified(folder, warn) for folder in self._folders())
-        return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+        return next((checkpoint for checkpoint in found if checkpoint is not None and usable(checkpoint)), None)
 
     def at(self, step: int, warn: Callable[[str], None]) -> Checkpoint | None:
         """The checkpoint of that very step; None if it is not there, not whole or not from the same inputs."""

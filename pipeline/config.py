@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+KL_ERROR_CLIP = 0.2
+"""Bound of the adaptive KL controller's proportional error (Ziegler et al. 2019)."""
 
 
 class Section(BaseModel):
@@ -264,7 +268,7 @@ class PPOSettings(Section):
     """Peak learning rate of the critic. None: the policy's."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How both learning rates fall over the iterations."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of Adam's two moments."""
     adam_epsilon: float = Field(1e-5, gt=0)
     """Added to Adam's denominator."""
@@ -274,7 +278,7 @@ class PPOSettings(Section):
     """Discount of rewards, per token."""
     gae_lambda: float = Field(0.95, ge=0, le=1)
     """Decay of generalized advantage estimation (Schulman et al. 2016)."""
-    clip_range: float = Field(0.2, gt=0)
+    clip_range: float = Field(0.2, gt=0, lt=1)
     """How far the probability ratio may move within a round."""
     value_clip_range: float | None = Field(0.2, gt=0)
     """How far values may move within a round. None: values are not clipped."""
@@ -305,8 +309,8 @@ class PPOSettings(Section):
     publish: Literal["best", "last"] = "best"
     """`best`: the policy with the best held-out score within `guard.max_kl`; the last one is kept beside it."""
     ratio_tolerance: float | None = Field(None, gt=0)
-    """How far from 1 the ratio may be before the first update. None: 0.001 in float32, 0.3 in 16 bits or
-    int8 (the largest error of any token; the mean is some thirty times smaller)."""
+    """How far from 1 the probability ratios may be before a round's first update, in the mean over its tokens.
+    None: 0.0001 in float32, 0.05 in 16 bits or int8."""
     checkpoint_every: int = Field(5, ge=1)
     """Iterations between two checkpoints to resume from."""
     keep_last: int = Field(2, ge=1)
@@ -498,9 +502,26 @@ class PipelineConfig(Section):
             )
         if not ppo.rewards:
             yield "ppo.rewards is empty: there is nothing to maximize; name a source, for example [{weight: 1.0}]"
+        least = math.ceil(self.responses_per_iteration * KL_ERROR_CLIP) + 1
+        if ppo.kl.controller == "adaptive" and ppo.kl.horizon < least:
+            yield (
+                f"ppo.kl.horizon is {ppo.kl.horizon}, in which the {self.responses_per_iteration} responses of a single"
+                f" round could turn the coefficient negative; set it to {least} at least"
+            )
+        if ppo.held_out.every is not None and ppo.held_out.prompts < processes:
+            yield (
+                f"ppo.held_out.prompts is {ppo.held_out.prompts}, which {processes} processes cannot share;"
+                f" set it to {processes} at least"
+            )
         names = [source.name for source in ppo.rewards]
+        for source in ppo.rewards:
+            if source.function is not None and source.name in ("model", "reward_model", "gold"):
+                yield f"ppo.rewards: figures call another judge '{source.name}'; rename the function {source.function}"
         for name in sorted({name for name in names if names.count(name) > 1}):
-            yield f"ppo.rewards names the source '{name}' {names.count(name)} times; give one entry the sum of weights"
+            yield (
+                f"ppo.rewards names the source '{name}' {names.count(name)} times; give one entry the sum of weights,"
+                " or rename one of two functions of the same name"
+            )
         if any(source.weight == 0 for source in ppo.rewards):
             yield "ppo.rewards has a source with weight 0; remove the entry, or give it a weight"
         if ppo.kl.controller == "adaptive" and ppo.kl.coefficient == 0:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from pipeline.errors import DivergenceError
 from pipeline.roles import Role, Roles
 
 
@@ -134,6 +135,7 @@ class _LogprobRecorder(LogitsProcessor):
     def __init__(self, temperature: float, on_token: Callable[[], None] | None) -> None:
         self._temperature, self._on_token = temperature, on_token
         self._previous_BV: Tensor | None = None
+        self._normalizer_B = torch.empty(0)
         self._columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
@@ -142,12 +144,18 @@ class _LogprobRecorder(LogitsProcessor):
         if self._previous_BV is not None:
             self._record(input_ids[:, -1])
         self._previous_BV = scores.float() / self._temperature
+        self._normalizer_B = torch.logsumexp(self._previous_BV, dim=1)
+        if not bool(self._normalizer_B.isfinite().all()):
+            raise DivergenceError(
+                "the logits that responses are sampled from are not finite",
+                remedy="Train with a lower learning rate; with 16 bits, try base.dtype=float32.",
+            )
         return scores
 
     def _record(self, sampled_B: Tensor) -> None:
         assert self._previous_BV is not None
         chosen_B = self._previous_BV.gather(1, sampled_B[:, None]).squeeze(1)
-        self._columns.append(chosen_B - torch.logsumexp(self._previous_BV, dim=1))
+        self._columns.append(chosen_B - self._normalizer_B)
 
     def finish(self, last_B: Tensor) -> Tensor:
         """Record the last step's tokens; returns the log-probabilities [B, T]."""

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.config import KL_ERROR_CLIP
+
 
 def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """log p - log q of the sampled tokens, in nats; negative where q likes the token better.
@@ -83,7 +85,7 @@ class AdaptiveKL:
     coefficient: float
     target: float = 6.0
     horizon: int = 10_000
-    clip: float = 0.2
+    clip: float = KL_ERROR_CLIP
 
     def __post_init__(self) -> None:
         self.coefficient = _positive("the adaptive KL coefficient", self.coefficient)

@@ -61,6 +61,11 @@ class MetricsWriter:
                 os.ftruncate(self._descriptor, before)
                 raise
 
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        with writing(self.path):
+            os.fsync(self._descriptor)
+
     def truncate_after(self, step: int) -> None:
         """Drop the lines after a step: what an interrupted run wrote beyond the checkpoint it resumes from."""
         kept = [row for row in read_metrics(self.path) if (row["step"] or 0) <= step]

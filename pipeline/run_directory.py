@@ -135,7 +135,7 @@ class RunDirectory:
                 else:
                     shutil.rmtree(left, ignore_errors=True)
             self._drop_work_of_the_finished(name)
-        for draft in self.root.glob("working/*/.draft-*"):
+        for draft in self.root.glob("working/**/.draft-*"):
             shutil.rmtree(draft, ignore_errors=True)
         # Processes without the lock, such as a flow that writes its summary, may have files in the making.
         for draft in [*self.root.glob(".*.json-*"), *self.root.glob("metrics/.*.jsonl-*")]:
@@ -199,7 +199,7 @@ class RunDirectory:
             if retired.exists() and not target.exists():
                 os.rename(retired, target)
             raise
-        _sync(self.root)
+        sync(self.root)
         shutil.rmtree(retired, ignore_errors=True)
 
 
@@ -255,7 +255,8 @@ def _not_json(constant: str) -> float:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -266,5 +267,5 @@ def _sync(path: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Bring a folder's files to the disk before the rename that makes them count."""
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)

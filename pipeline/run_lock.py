@@ -39,9 +39,11 @@ def hold(path: Path, work: str, warn: Callable[[str], None]) -> Iterator[None]:
     """
     with writing(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    held = False
     try:
         try:
             _acquire(descriptor, path)
+            held = True
         except OSError as error:
             if error.errno not in _UNKNOWN_HERE:
                 raise
@@ -50,8 +52,9 @@ def hold(path: Path, work: str, warn: Callable[[str], None]) -> Iterator[None]:
             _describe(descriptor, work)
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)
+        if held:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
         os.close(descriptor)
 
 

@@ -22,7 +22,7 @@ import torch
 
 from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_files import load_tokenizer
-from pipeline.base_model import Base, fingerprint, load_base, require_unchanged
+from pipeline.base_model import Base, base_identity, fingerprint, load_base, require_unchanged
 from pipeline.chat import ChatFormat
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_prompts
@@ -37,6 +37,7 @@ from pipeline.run_directory import RunDirectory, write_json
 from pipeline.scoring import Episode, require_finite, score_logprobs, score_rewards
 from pipeline.statistics import mean_interval, win_rate
 from stages.command import stage_main
+from stages.gates import require_fitting_parents
 from stages.inputs import stage_inputs
 from stages.interruption import deferred
 from stages.parts import Parts, batches_of
@@ -69,6 +70,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     seed_everything(config.seed, deterministic=config.deterministic)
 
     # Data and judges.
+    inputs = stage_inputs("evaluate", config, run)
     chat = ChatFormat(load_tokenizer(config.base))
     prompts = load_prompts(config.data, chat, config.ppo.max_prompt_tokens).held_out[: config.evaluate.prompts]
     functions = {
@@ -78,6 +80,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         functions["gold"] = RewardFunction(config.evaluate.gold, what="gold function")
     for function in functions.values():
         function.probe(prompts)
+
+    require_fitting_parents("evaluate", config, run, base_identity(config.base, chat, world.device))
 
     # Adapters.
     base = load_base(config.base, world.device)
@@ -95,9 +99,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         temperature=config.evaluation_temperature,
         batch_size=config.evaluate.batch_size,
     )
-    parts = Parts(
-        run.working("evaluate") / "parts", inputs_digest=digest(stage_inputs("evaluate", config, run)), world=world
-    )
+    parts = Parts(run.working("evaluate") / "parts", inputs_digest=digest(inputs), world=world)
     answers = {}
     with deferred(), progress(2 * len(prompts), "evaluate", "answers") as bar:
         for name, role in CONTESTANTS:
@@ -130,7 +132,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                 name: parts.keep(f"function-{number}-{name}", partial(function, prompts, found.texts))
                 for name, found in answers.items()
             }
-        publish(loaded, run, base, clock, prompts, answers, scores, kl_B, reward_manifest)
+        publish(loaded, run, inputs, base, clock, prompts, answers, scores, kl_B, reward_manifest)
     world.wait()
     return read_manifest(run.stage("evaluate"))
 
@@ -138,6 +140,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 def publish(
     loaded: LoadedConfig,
     run: RunDirectory,
+    inputs: Mapping[str, Any],
     base: Base,
     clock: StageClock,
     prompts: Sequence[Prompt],
@@ -166,7 +169,17 @@ def publish(
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_json(folder / "samples.json", [as_sample(row) for row in rows[: loaded.config.evaluate.samples]])
 
-    finish("evaluate", "evaluation", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save)
+    finish(
+        "evaluate",
+        "evaluation",
+        loaded,
+        run,
+        inputs=inputs,
+        base=base.identity,
+        clock=clock,
+        metrics=metrics,
+        save=save,
+    )
 
 
 def answer(

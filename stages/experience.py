@@ -93,6 +93,17 @@ class Budgets:
             MemoryBudget("ppo.generation_batch_size", ppo.generation_batch_size, say),
         )
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Both as they are now."""
+        return {"tokens": self.tokens.size, "responses": self.responses.size}
+
+    def lower(self, *sizes: Mapping[str, int]) -> None:
+        """Take over what was learned of memory before: the smallest of these sizes."""
+        for found in sizes:
+            self.tokens.size = min(self.tokens.size, int(found["tokens"]))
+            self.responses.size = min(self.responses.size, int(found["responses"]))
+
     def fit_sequences(self, lengths: Sequence[int], work: Callable[[int], Result]) -> Result:
         """Do work on sequences of these lengths in parts of as many tokens as memory allows.
 

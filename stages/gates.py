@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts import Manifest
-from pipeline.config import PPOSettings
+from pipeline.artifacts import BaseIdentity, Manifest, read_manifest, require_same_base
+from pipeline.config import PipelineConfig, PPOSettings
 from pipeline.errors import StartupGateError
 from pipeline.generation import SamplingSettings, generate
 from pipeline.records import Prompt
 from pipeline.roles import Roles
+from pipeline.run_directory import RunDirectory, StageName
 from pipeline.scoring import Episode, batch_episodes, score_logprobs, score_rewards
+from stages.inputs import parents_of
 
 _PROMPTS = 4
 _NEW_TOKENS = 16
@@ -68,6 +70,17 @@ def check_startup(
     sampled_N = torch.tensor([value for response in responses for value in response.logprobs])
     measured["sampler_gap"] = float((policy_N.cpu() - sampled_N).abs().mean())
     return measured
+
+
+def require_fitting_parents(stage: StageName, config: PipelineConfig, run: RunDirectory, base: BaseIdentity) -> None:
+    """Refuse, before the base is loaded, the results of stages that were trained on another one.
+
+    Raises:
+        ArtifactError: a parent stage has no verified result.
+        IncompatibleAdapterError: naming the field that differs and both values.
+    """
+    for parent in parents_of(stage, config):
+        require_same_base(read_manifest(run.stage(parent)), base, run.stage(parent))
 
 
 def _check_trainable(roles: Roles) -> None:

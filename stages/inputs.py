@@ -14,7 +14,7 @@ from pipeline.errors import ArtifactError
 from pipeline.functions import function_digest
 from pipeline.run_directory import STAGES, RunDirectory, StageName
 
-_NOT_IN_THE_RESULT = {"log_every", "checkpoint_every", "keep_last"}
+_NOT_IN_THE_RESULT = {"log_every", "checkpoint_every", "keep_last", "ratio_tolerance"}
 """Settings that change what a stage prints or keeps on the way, not what comes out."""
 
 

@@ -16,7 +16,7 @@ Left out: the pretraining mix (PPO-ptx), the entropy bonus, and sharing one sequ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch import nn
 
 from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_files import load_tokenizer
-from pipeline.base_model import fingerprint, load_base, require_unchanged
+from pipeline.base_model import base_identity, fingerprint, load_base, require_unchanged
 from pipeline.chat import ChatFormat
 from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig
@@ -33,6 +33,7 @@ from pipeline.datasets import load_prompts
 from pipeline.distributed import World, seed_everything
 from pipeline.errors import (
     ConfigError,
+    DataError,
     DivergenceError,
     OutOfMemoryError,
     RewardFunctionError,
@@ -49,7 +50,7 @@ from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
 from stages.command import stage_main
 from stages.experience import Budgets, collect, reward_model_scores
-from stages.gates import check_reward_round_trip, check_startup
+from stages.gates import check_reward_round_trip, check_startup, require_fitting_parents
 from stages.inputs import stage_inputs
 from stages.interruption import Interrupted, deferred
 from stages.result import StageClock, finish
@@ -76,9 +77,11 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # Data, and whatever else can be wrong before a model is loaded.
     chat = ChatFormat(load_tokenizer(config.base))
+    inputs = stage_inputs("ppo", config, run)
     split = load_prompts(config.data, chat, ppo.max_prompt_tokens)
+    require_enough_prompts(split.held_out, ppo, world)
     RewardSum(ppo.rewards, model_scores=None).probe(split.train)
-    inputs_digest = digest(stage_inputs("ppo", config, run))
+    require_fitting_parents("ppo", config, run, base_identity(config.base, chat, world.device))
 
     # Adapters: the reference is the SFT adapter, the policy starts as its copy or at the promoted one.
     base = load_base(config.base, world.device)
@@ -105,29 +108,27 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # What changes from step to step, and its checkpoints.
     optimizer = make_optimizer(roles, ppo)
-    state = TrainingState(roles, optimizer, make_controller(ppo), budgets)
+    state = TrainingState(roles, optimizer, make_controller(ppo), budgets, world, started_from)
     updater = Updater(roles, optimizer, ppo, seed=config.seed, world=world, budgets=budgets)
-    checkpoints = Checkpoints(run.working("ppo"), config, inputs_digest, warn=lambda text: say(world, text))
-    rounds = Rounds(run.working("ppo"), config, inputs_digest, world, warn=lambda text: say(world, text))
+    checkpoints = Checkpoints(run.working("ppo"), config, digest(inputs), world, warn=lambda text: say(world, text))
+    rounds = Rounds(run.working("ppo"), config, digest(inputs), world, warn=lambda text: say(world, text))
+
+    # Gates: before a checkpoint is put back, so that the policy is still the copy that it starts as.
+    measured |= check_startup(roles, split.train, ppo, seed=config.seed, policy_is_reference=promoted is None)
+    say(world, "Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
     position = checkpoints.restore(state, rounds.exists)
     if position != Position():
         say(world, f"Resuming after {position} of {ppo.iterations} iterations.")
 
-    # Gates.
-    untouched = position == Position() and promoted is None
-    measured |= check_startup(roles, split.train, ppo, seed=config.seed, policy_is_reference=untouched)
-    say(world, "Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
-    state.gates = measured | (state.gates or {})
-
     # Loop.
     last = min(ppo.iterations, ppo.max_steps or ppo.iterations)
-    left: list[str] = []
+    left = bounds_left(position.iteration, state.metrics, ppo)
     writer = MetricsWriter(run.metrics("ppo")) if world.is_main else nullcontext()
     with writer as log, progress(last, "ppo", "iterations", done=position.iteration) as bar, deferred():
         if log is not None:
             log.truncate_after(position.iteration)
             drop_samples_after(run, position.iteration)
-        while position.iteration < last and not (left and ppo.guard.action == "stop"):
+        while position.iteration < last and not stops(left, ppo):
             iteration, statistics = position.iteration, position.statistics or UpdateStatistics()
             done = iteration + 1
             set_learning_rates(optimizer, ppo, iteration)
@@ -135,7 +136,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             asked = [prompt for prompt in mine for _ in range(ppo.responses_per_prompt)]
             sampled_by = position.sampled_by or state.digest()
             try:
-                experience = rounds.load(iteration, sampled_by, asked, roles)
+                experience = rounds.load(iteration, sampled_by, asked, roles, budgets)
                 if experience is None:
                     experience = collect(
                         roles,
@@ -147,7 +148,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                         world=world,
                         budgets=budgets,
                     )
-                    rounds.save(iteration, sampled_by, experience)
+                    rounds.save(iteration, sampled_by, experience, budgets)
                 critic_only = iteration < ppo.critic_warmup_iterations
                 updater.update(experience, iteration, critic_only=critic_only, statistics=statistics)
                 held_out = {}
@@ -156,8 +157,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                         roles, rewards, split.held_out, ppo, seed=config.seed, world=world, budgets=budgets
                     )
             except Interrupted:
-                if world.is_main:
-                    checkpoints.save_unfinished(Position(iteration, statistics, sampled_by), state)
+                checkpoints.save_unfinished(Position(iteration, statistics, sampled_by), state)
                 raise
             except (DivergenceError, RewardFunctionError, OutOfMemoryError) as error:
                 raise in_iteration(done, error) from error.__cause__
@@ -166,16 +166,16 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             state.kl.update(state.metrics["kl/policy_reference_k1"], config.responses_per_iteration)
             if held_out and is_better(held_out, state.best, ppo.guard):
                 state.best = {"iteration": done, **held_out}
-                if world.is_main:
-                    checkpoints.save_best(done, state)
+                checkpoints.save_best(done, state)
+            left = bounds_left(done, state.metrics, ppo)
             if log is not None:
                 log.write(done, state.metrics)
+                log.sync()
                 sample_lines(run, done, experience)
-            if world.is_main and (done % ppo.checkpoint_every == 0 or done == last):
+            if done % ppo.checkpoint_every == 0 or done == last or stops(left, ppo):
                 checkpoints.save(done, state)
             world.wait()
             position = Position(done)
-            left = [f"iteration {done}: {violation}" for violation in violations(state.metrics, ppo.guard)]
             for violation in left:
                 say(world, f"warning: {violation}.")
             bar.advance(
@@ -186,7 +186,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # Result.
     require_unchanged(base, base_before)
-    stopped = left[0] if left and ppo.guard.action == "stop" else None
+    stopped = left[0] if stops(left, ppo) else None
     if stopped is not None and state.best is None:
         raise DivergenceError(
             f"the policy left a bound of ppo.guard before one within it had been measured: {stopped}",
@@ -208,15 +208,36 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     if world.is_main:
         extra = {
-            "gates": state.gates,
+            "gates": measured,
             "iterations": position.iteration,
             "published": published,
             "stopped": stopped,
             "started_from": started_from,
         }
-        finish("ppo", "policy", loaded, run, base=base.identity, clock=clock, metrics=metrics, save=save, extra=extra)
+        finish(
+            "ppo",
+            "policy",
+            loaded,
+            run,
+            inputs=inputs,
+            base=base.identity,
+            clock=clock,
+            metrics=metrics,
+            save=save,
+            extra=extra,
+        )
     world.wait()
     return read_manifest(run.stage("ppo"))
+
+
+def bounds_left(iteration: int, metrics: Mapping[str, float] | None, ppo: PPOSettings) -> list[str]:
+    """The bounds that the figures of an iteration (1-based) leave, as sentences; those of no iteration leave none."""
+    return [f"iteration {iteration}: {violation}" for violation in violations(metrics or {}, ppo.guard)]
+
+
+def stops(left: Sequence[str], ppo: PPOSettings) -> bool:
+    """Whether bounds that were left end the stage."""
+    return bool(left) and ppo.guard.action == "stop"
 
 
 def in_iteration(number: int, error: DivergenceError | RewardFunctionError | OutOfMemoryError) -> TrivetError:
@@ -239,6 +260,20 @@ def require_even_shares(ppo: PPOSettings, world: World) -> None:
                 f"ppo.{key} is {number}, which {world.size} processes cannot share evenly",
                 remedy=f"Set ppo.{key}={-(-number // world.size) * world.size}, or start another number of processes.",
             )
+
+
+def require_enough_prompts(held_out: Sequence[Prompt], ppo: PPOSettings, world: World) -> None:
+    """Refuse to measure on fewer held-out prompts than there are processes.
+
+    Raises:
+        DataError: there are too few; says what to do.
+    """
+    if ppo.held_out.every is not None and len(held_out) < world.size:
+        raise DataError(
+            f"{len(held_out)} held-out prompts cannot be shared by {world.size} processes",
+            where="data.prompts.held_out",
+            remedy="Hold out more prompts, or set ppo.held_out.every=null and ppo.publish=last.",
+        )
 
 
 def say(world: World, line: str) -> None:

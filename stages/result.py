@@ -14,7 +14,6 @@ from pipeline.config_file import LoadedConfig
 from pipeline.memory import peak_memory_bytes, reset_peak
 from pipeline.rewards import Calibration
 from pipeline.run_directory import RunDirectory, StageName
-from stages.inputs import stage_inputs
 
 
 @dataclass
@@ -38,6 +37,7 @@ def finish(
     loaded: LoadedConfig,
     run: RunDirectory,
     *,
+    inputs: Mapping[str, Any],
     base: BaseIdentity,
     clock: StageClock,
     metrics: Mapping[str, Any],
@@ -48,6 +48,7 @@ def finish(
     """Publish a stage's result.
 
     Args:
+        inputs: what `stage_inputs` said when the stage began; what has changed since then is not in the result.
         save: writes the result's files into the folder that it is given.
         calibration: gain and bias of a reward adapter.
         extra: anything else worth keeping in the manifest.
@@ -55,7 +56,6 @@ def finish(
     Returns:
         the manifest, as it stands beside the files.
     """
-    inputs = stage_inputs(stage, loaded.config, run)
     with run.publish(stage) as draft:
         save(draft)
         manifest = Manifest(

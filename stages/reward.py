@@ -87,8 +87,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     config, settings = loaded.config, loaded.config.reward
     quiet_libraries()
     arguments = reward_arguments(config, checkpoint_folder("reward", run))
-    inputs_digest = digest(stage_inputs("reward", config, run))
-    checkpoints = open_checkpoints("reward", loaded, run, inputs_digest)
+    inputs = stage_inputs("reward", config, run)
+    checkpoints = open_checkpoints("reward", loaded, run, digest(inputs))
 
     # 2. Data, which is checked before the weights are loaded
     chat = ChatFormat(load_tokenizer(config.base))
@@ -120,7 +120,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     scores = require_finite(
         score_pairs(roles, held_out_pairs, scoring_tokens), "score of a held-out pair", where="reward"
     )
-    parts = Parts(run.working("reward") / "parts", inputs_digest=inputs_digest, world=World())
+    parts = Parts(run.working("reward") / "parts", inputs_digest=digest(inputs), world=World())
     calibration, calibration_metrics = calibrate(roles, prompts, config, scoring_tokens, parts)
     probe = reward_probe(roles, sample)
     require_unchanged(base, base_before)
@@ -144,6 +144,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             "reward",
             loaded,
             run,
+            inputs=inputs,
             base=base.identity,
             clock=clock,
             metrics=metrics,

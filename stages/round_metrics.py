@@ -28,6 +28,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +39,7 @@ from pipeline.distributed import World
 from pipeline.masking import explained_variance, masked_sum
 from pipeline.memory import peak_memory_bytes
 from pipeline.records import as_plain
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import RunDirectory, write_text
 from stages.experience import Experience
 from stages.update import UpdateStatistics
 
@@ -113,9 +115,16 @@ def drop_samples_after(run: RunDirectory, step: int) -> None:
     """Drop the responses of rounds that are done again, or belong to an earlier run."""
     path = run.metrics("ppo").with_name("ppo_samples.jsonl")
     if path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end is torn
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # the rest is torn
+        write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= step))
+
+
+def _step(line: str) -> float:
+    """The step of a line of samples; a line that cannot be read belongs to none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def sample_lines(run: RunDirectory, iteration: int, experience: Experience) -> None:
@@ -130,6 +139,8 @@ def sample_lines(run: RunDirectory, iteration: int, experience: Experience) -> N
                 "score": float(experience.scores_B[index]),
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _quantile(values: Sequence[int], share: float) -> float:

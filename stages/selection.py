@@ -12,7 +12,7 @@ from pipeline.kl import kl_k1
 from pipeline.records import Prompt
 from pipeline.rewards import RewardSum
 from pipeline.roles import Role, Roles
-from pipeline.scoring import score_logprobs
+from pipeline.scoring import require_finite, score_logprobs
 from stages.experience import Budgets, answer, sampling_settings
 
 
@@ -29,8 +29,9 @@ def measure_held_out(
     """Score the policy on held-out prompts, which are answered with the same seeds every time.
 
     Args:
-        prompts: all held-out prompts; the first `ppo.held_out.prompts` of them are used, as far as the processes
-            share them evenly.
+        prompts: all held-out prompts; the last `ppo.held_out.prompts` of them are used, as far as the processes
+            share them evenly. The evaluation takes the first ones, so that where there are enough of them it judges
+            on prompts that nothing was chosen by.
 
     Returns:
         means over responses: `held_out/score` (as PPO's objective/score), `held_out/kl` from the reference in nats,
@@ -40,7 +41,7 @@ def measure_held_out(
         RewardFunctionError: a reward function failed.
         Interrupted: the stage was asked to stop.
     """
-    few = prompts[: ppo.held_out.prompts]
+    few = prompts[-ppo.held_out.prompts :]
     mine = world.share(few[: len(few) - len(few) % world.size])
     found = answer(
         roles,
@@ -59,12 +60,12 @@ def measure_held_out(
             lambda most: score_logprobs(roles, role, found.episodes, temperature=ppo.temperature, max_tokens=most),
         )
 
-    kl = [
-        float(kl_k1(ours, theirs).sum()) for ours, theirs in zip(logprobs("policy"), logprobs("reference"), strict=True)
-    ]
+    pairs = zip(logprobs("policy"), logprobs("reference"), strict=True)
+    kl = [float(kl_k1(ours, theirs).sum()) for ours, theirs in pairs]
     lengths = [len(episode.response) for episode in found.episodes]
     rows = [found.scores_B.tolist(), kl, lengths]
     sums = world.sum(torch.tensor([sum(row) for row in rows] + [len(mine)], dtype=torch.float64))
+    require_finite(sums, "score or KL of the answers to held-out prompts", where="ppo")
     score, divergence, length, count = sums.tolist()
     return {
         "held_out/score": score / count,

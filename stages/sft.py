@@ -74,7 +74,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     config, settings = loaded.config, loaded.config.sft
     quiet_libraries()
     arguments = sft_arguments(config, checkpoint_folder("sft", run))
-    checkpoints = open_checkpoints("sft", loaded, run, digest(stage_inputs("sft", config, run)))
+    inputs = stage_inputs("sft", config, run)
+    checkpoints = open_checkpoints("sft", loaded, run, digest(inputs))
 
     # 2. Data, which is checked before the weights are loaded
     chat = ChatFormat(load_tokenizer(config.base))
@@ -119,6 +120,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             "policy",
             loaded,
             run,
+            inputs=inputs,
             base=base.identity,
             clock=clock,
             metrics=metrics,

@@ -37,17 +37,18 @@ Say = Callable[[str], None]
 class TrainingState:
     """Policy, critic and optimizer; the KL controller; what has been learned of memory; figures so far.
 
-    `best` are the figures of the best policy so far, with its `iteration`; `metrics` those of the last iteration;
-    `gates` what the gates measured when the training began.
+    `started_from` is the digest of the adapter that the policy started as; `best` are the figures of the best policy
+    so far, with its `iteration`; `metrics` those of the last iteration.
     """
 
     roles: Roles
     optimizer: torch.optim.Optimizer
     kl: KLController
     budgets: Budgets
+    world: World
+    started_from: str
     best: dict[str, float] | None = None
     metrics: dict[str, float] | None = None
-    gates: dict[str, float] | None = None
 
     @property
     def learning(self) -> dict[str, nn.Parameter]:
@@ -63,13 +64,13 @@ class TrainingState:
         return found.hexdigest()
 
     def numbers(self) -> dict[str, Any]:
-        """The state that is no tensor, for a checkpoint's JSON."""
+        """The state that is no tensor, for a checkpoint's JSON. Every process must come here."""
         return {
             "kl": self.kl.state_dict(),
-            "budgets": {"tokens": self.budgets.tokens.size, "responses": self.budgets.responses.size},
+            "started_from": self.started_from,
+            "budgets": self.world.gather([self.budgets.sizes]),
             "best": self.best,
             "metrics": self.metrics,
-            "gates": self.gates,
         }
 
     def write(self, folder: Path) -> None:
@@ -83,9 +84,9 @@ class TrainingState:
         load_optimizer(checkpoint.folder / "optimizer.safetensors", self.optimizer, self.learning)
         state = checkpoint.state
         self.kl.load_state_dict(state["kl"])
-        self.budgets.tokens.size = min(self.budgets.tokens.size, int(state["budgets"]["tokens"]))
-        self.budgets.responses.size = min(self.budgets.responses.size, int(state["budgets"]["responses"]))
-        self.best, self.metrics, self.gates = state["best"], state["metrics"], state["gates"]
+        sizes = state["budgets"]
+        self.budgets.lower(*([sizes[self.world.rank]] if len(sizes) == self.world.size else sizes))
+        self.best, self.metrics = state["best"], state["metrics"]
 
     def restore_roles(self, checkpoint: Checkpoint) -> None:
         """Put back policy and critic alone."""
@@ -114,16 +115,20 @@ class Position:
 class Checkpoints:
     """The checkpoints of a PPO run, at the end of iterations and within them.
 
+    Every process must call each method; the main one writes.
+
     Args:
         folder: the stage's working folder.
         config: the run's.
         inputs_digest: identity of what the run is made from.
+        world: all processes.
         warn: told of each checkpoint that cannot be used.
     """
 
-    def __init__(self, folder: Path, config: PipelineConfig, inputs_digest: str, warn: Say) -> None:
+    def __init__(self, folder: Path, config: PipelineConfig, inputs_digest: str, world: World, warn: Say) -> None:
+        self._world = world
         self._steps = config.ppo.epochs * config.minibatches_per_epoch
-        self._saved: int | None = None
+        self._saved: tuple[int, Any] | None = None
 
         def warning(text: str) -> None:
             warn(f"warning: {text}")
@@ -132,14 +137,16 @@ class Checkpoints:
         keep_last = config.ppo.keep_last
         self._whole = CheckpointFolder(folder / "checkpoints", inputs_digest=inputs_digest, keep_last=keep_last)
         self._within = CheckpointFolder(folder / "within", inputs_digest=inputs_digest, keep_last=1)
-        # One more than is needed, so that a run that goes on before the newest still finds the one it knew.
-        self._best = CheckpointFolder(folder / "best", inputs_digest=inputs_digest, keep_last=2)
+        # As many as can come up since the oldest checkpoint, and the one that this knew.
+        between = keep_last * config.ppo.checkpoint_every // (config.ppo.held_out.every or 1)
+        self._best = CheckpointFolder(folder / "best", inputs_digest=inputs_digest, keep_last=2 + between)
 
     def save(self, iterations: int, state: TrainingState) -> None:
         """The state after so many iterations, unless it is on the disk already."""
-        if iterations and iterations != self._saved:
-            self._whole.save(iterations, state.numbers(), state.write)
-            self._saved = iterations
+        numbers = state.numbers()
+        if iterations and self._saved != (iterations, numbers["budgets"]):
+            self._write(self._whole, iterations, numbers, state)
+            self._saved = (iterations, numbers["budgets"])
 
     def save_unfinished(self, position: Position, state: TrainingState) -> None:
         """The state within an iteration, between two optimizer steps or before the first one."""
@@ -149,13 +156,17 @@ class Checkpoints:
         numbers = state.numbers() | {
             "iteration": position.iteration,
             "sampled_by": position.sampled_by,
-            "statistics": position.statistics.state_dict(),
+            "statistics": self._world.gather([position.statistics.state_dict()]),
         }
-        self._within.save(position.iteration * self._steps + position.statistics.steps, numbers, state.write)
+        self._write(self._within, position.iteration * self._steps + position.statistics.steps, numbers, state)
 
     def save_best(self, iterations: int, state: TrainingState) -> None:
         """The policy and critic that are the best so far."""
-        self._best.save(iterations, state.numbers(), state.write)
+        self._write(self._best, iterations, state.numbers(), state)
+
+    def _write(self, folder: CheckpointFolder, step: int, numbers: dict[str, Any], state: TrainingState) -> None:
+        if self._world.is_main:
+            folder.save(step, numbers, state.write)
 
     def restore_best(self, state: TrainingState) -> None:
         """Put back the policy and critic that `state.best` tells of.
@@ -169,7 +180,7 @@ class Checkpoints:
             raise ArtifactError(
                 f"the checkpoint of the best policy (iteration {state.best['iteration']:.0f}) is lost or damaged",
                 where=str(self._best.root),
-                remedy="Publish the last policy with ppo.publish=last, or train again: trivet ppo CONFIG --force.",
+                remedy="The same command goes on from a checkpoint before it.",
             )
         state.restore_roles(found)
 
@@ -180,18 +191,29 @@ class Checkpoints:
             round_exists: whether every process has its responses of an iteration, sampled by a policy of that
                 digest. Without them a state within the iteration is of no use.
         """
-        whole, within = self._whole.latest(self._warn), self._within.latest(self._warn)
+
+        def usable(found: Checkpoint) -> bool:
+            best = found.state["best"]
+            if best is not None and self._best.at(int(best["iteration"]), self._warn) is None:
+                self._warn(f"{found.folder.name} is not used: the best policy that it tells of is lost")
+                return False
+            if found.state["started_from"] != state.started_from:
+                self._warn(f"{found.folder.name} is not used: its policy started as another one")
+                return False
+            return True
+
+        whole, within = self._whole.latest(self._warn, usable), self._within.latest(self._warn, usable)
         reached = whole.step if whole is not None else 0
         if within is not None and int(within.state["iteration"]) >= reached:
             iteration, sampled_by = int(within.state["iteration"]), str(within.state["sampled_by"])
             if round_exists(iteration, sampled_by):
                 state.restore(within)
-                statistics = UpdateStatistics.from_state(within.state["statistics"])
+                statistics = UpdateStatistics.from_state(within.state["statistics"][self._world.rank])
                 return Position(iteration, statistics, sampled_by)
             self._warn(f"the responses of iteration {iteration + 1} are lost; it is done again")
         if whole is not None:
             state.restore(whole)
-            self._saved = whole.step
+            self._saved = (whole.step, whole.state["budgets"])
         return Position(reached)
 
 
@@ -212,8 +234,8 @@ class Rounds:
             folder / "rounds" / str(world.rank), inputs_digest=inputs_digest, keep_last=config.ppo.checkpoint_every
         )
 
-    def save(self, iteration: int, sampled_by: str, experience: Experience) -> None:
-        """Keep a round (0-based) that a policy of this digest has sampled."""
+    def save(self, iteration: int, sampled_by: str, experience: Experience, budgets: Budgets) -> None:
+        """Keep a round (0-based) that a policy of this digest has sampled, and what it has learned of memory."""
         tensors = {f"terms/{name}": term_B for name, term_B in experience.terms.items()}
         for entry in fields(Experience):
             value = getattr(experience, entry.name)
@@ -224,6 +246,7 @@ class Rounds:
             "sampled_by": sampled_by,
             "processes": self._world.size,
             "seconds": dict(experience.seconds),
+            "budgets": budgets.sizes,
             "terms": list(experience.terms),
         }
 
@@ -237,12 +260,15 @@ class Rounds:
         """Whether all processes have kept that round."""
         return not self._world.maximum(float(self._find(iteration, sampled_by) is None))
 
-    def load(self, iteration: int, sampled_by: str, prompts: Sequence[Prompt], roles: Roles) -> Experience | None:
-        """The kept round of these prompts; None unless all processes have theirs."""
+    def load(
+        self, iteration: int, sampled_by: str, prompts: Sequence[Prompt], roles: Roles, budgets: Budgets
+    ) -> Experience | None:
+        """The kept round of these prompts; None unless all processes have theirs. Lowers `budgets` as it did then."""
         found = self._find(iteration, sampled_by)
         if self._world.maximum(float(found is None)):
             return None
         assert found is not None
+        budgets.lower(found.state["budgets"])
         tensors = load_file(found.folder / "round.safetensors")
         terms = {name: tensors.pop(f"terms/{name}") for name in found.state["terms"]}
         responses = torch.split(tensors.pop("responses"), tensors["lengths_B"].tolist())

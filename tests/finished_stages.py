@@ -11,6 +11,7 @@ import yaml
 from pipeline.artifacts import BaseIdentity, Manifest
 from pipeline.config_file import LoadedConfig, load_config
 from pipeline.run_directory import STAGES, RunDirectory, StageName
+from stages.inputs import stage_inputs
 from stages.result import StageClock, finish
 
 ROLES = {"sft": "policy", "reward": "reward", "ppo": "policy", "evaluate": "evaluation"}
@@ -68,6 +69,7 @@ def publish(stage: StageName, loaded: LoadedConfig, run: RunDirectory) -> Manife
         ROLES[stage],
         loaded,
         run,
+        inputs=stage_inputs(stage, loaded.config, run),
         base=identity,
         clock=StageClock(),
         metrics=METRICS[stage],

@@ -336,7 +336,7 @@ TABLE = (
     Mutation(
         "nobody checks that the ratio is 1 at first",
         "stages/update.py",
-        "if not statistics.first_ratio_error <= tolerance:",
+        "if not error <= tolerance:",
         "if False:",
         (
             f"{PPO}::test_a_ratio_that_is_not_1_at_first_is_refused",
@@ -591,8 +591,8 @@ TABLE = (
     Mutation(
         "SFT resumes from a checkpoint of other settings",
         "stages/sft.py",
-        'digest(stage_inputs("sft", config, run))',
-        '"sft"',
+        'open_checkpoints("sft", loaded, run, digest(inputs))',
+        'open_checkpoints("sft", loaded, run, "sft")',
         (f"{SFT}::test_a_checkpoint_of_other_settings_is_not_resumed",),
     ),
     Mutation(
@@ -1000,8 +1000,8 @@ TABLE = (
     Mutation(
         "resume: the best policy so far is forgotten",
         "stages/training_state.py",
-        'self.best, self.metrics, self.gates = state["best"]',
-        "self.best, self.metrics, self.gates = None",
+        'self.best, self.metrics = state["best"]',
+        "self.best, self.metrics = None",
         ("tests/resume/test_killed_anywhere.py::test_ppo_killed[before-collect-3]",),
     ),
     Mutation(
@@ -1035,9 +1035,23 @@ TABLE = (
     Mutation(
         "resume: a stage that is asked to stop writes no checkpoint",
         "stages/ppo.py",
-        "                    checkpoints.save_unfinished(Position(iteration, statistics, sampled_by), state)\n",
-        "                    pass\n",
+        "                checkpoints.save_unfinished(Position(iteration, statistics, sampled_by), state)\n",
+        "",
         ("tests/stages/test_training_state.py",),
+    ),
+    Mutation(
+        "resume: the manifest tells of data that came while the stage ran",
+        "stages/result.py",
+        "            inputs_digest=digest(inputs),",
+        '            inputs_digest=digest(__import__("stages.inputs").inputs.stage_inputs(stage, loaded.config, run)),',
+        ("tests/stages/test_ppo.py::test_rows_that_come_while_the_stage_runs_make_it_run_again",),
+    ),
+    Mutation(
+        "resume: that a bound was left is forgotten",
+        "stages/ppo.py",
+        "    left = bounds_left(position.iteration, state.metrics, ppo)\n",
+        "    left: list[str] = []\n",
+        ("tests/resume/test_killed_anywhere.py::test_a_run_that_stops_early[before-finish-1]",),
     ),
     Mutation(
         "memory: gradients of a failed microbatch stay",

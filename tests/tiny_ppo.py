@@ -23,6 +23,7 @@ from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
 from stages.experience import Budgets, Experience, collect, reward_model_scores
+from stages.inputs import stage_inputs
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.result import StageClock, finish
 from stages.update import Updater
@@ -209,6 +210,7 @@ def publish(stage: Any, role: Role, roles: Roles, loaded: LoadedConfig, run: Run
         role,
         loaded,
         run,
+        inputs=stage_inputs(stage, loaded.config, run),
         base=roles.base.identity,
         clock=StageClock(),
         metrics=metrics,

@@ -126,6 +126,12 @@ def test_every_contradiction_comes_at_once(tmp_path: Path) -> None:
             "set ppo.held_out.every, or ppo.publish=last",
         ),
         (["ppo.held_out.every=null", "ppo.publish=last", "ppo.guard.action=stop"], "or ppo.guard.action=warn"),
+        (["ppo.kl.controller=adaptive", "ppo.kl.horizon=5"], "set it to 14 at least"),
+        (
+            ["ppo.held_out.prompts=1", "launch.processes=2", "sft.microbatch_size=1", "reward.microbatch_size=1"],
+            "set it to 2 at least",
+        ),
+        (["ppo.rewards=[{function: 'a.py:gold'}]"], "rename the function a.py:gold"),
         (["gates.judge=gold"], "does not judge here; choose of reward_model"),
         (
             ["gates.min_reward_accuracy=0.6", "ppo.rewards=[{function: 'a.py:f'}]", "data.preferences.sources=[]"],
@@ -141,7 +147,7 @@ def test_every_contradiction_has_a_test() -> None:
     """Counts the statements that report one; a new one needs a line above."""
     source = (ROOT / "pipeline" / "config.py").read_text()
     body = source[source.index("def contradictions") :]
-    assert body.count("yield ") == 17
+    assert body.count("yield ") == 20
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,12 @@ def holder(tmp_path):
 
 
 def test_a_second_holder_is_refused_and_told_who_the_first_is(tmp_path, holder):
-    with pytest.raises(RunDirectoryError) as caught, hold(tmp_path / "lock", "mine", warn=pytest.fail):
-        pass
-    message = str(caught.value)
-    assert f"process {holder.pid} has been at the ppo stage since " in message
-    assert "-c " in message and str(tmp_path) in message and f"kill {holder.pid}" in message
+    for _ in range(2):  # who was refused leaves the holder's word as it was
+        with pytest.raises(RunDirectoryError) as caught, hold(tmp_path / "lock", "mine", warn=pytest.fail):
+            pass
+        message = str(caught.value)
+        assert f"process {holder.pid} has been at the ppo stage since " in message
+        assert "-c " in message and str(tmp_path) in message and f"kill {holder.pid}" in message
 
 
 def test_the_kernel_frees_the_lock_of_a_killed_holder(tmp_path, holder):

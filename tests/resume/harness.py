@@ -117,15 +117,16 @@ def small_pipeline(folder: Path, *overrides: str) -> LoadedConfig:
     return tiny_config(folder, *(f"{key}={value}" for key, value in settings.items()), *overrides)
 
 
-def elsewhere(folder: Path, undisturbed: LoadedConfig) -> LoadedConfig:
+def elsewhere(folder: Path, undisturbed: LoadedConfig, *overrides: str) -> LoadedConfig:
     """The same config and data with a run directory of its own, below a folder."""
-    others = [setting for setting in undisturbed.overrides if not setting.startswith("run_dir=")]
-    return load_config(undisturbed.path, [*others, f"run_dir={folder / 'run'}"])
+    settings = dict(setting.split("=", 1) for setting in (*undisturbed.overrides, *overrides))
+    settings["run_dir"] = str(folder / "run")
+    return load_config(undisturbed.path, [f"{key}={value}" for key, value in settings.items()])
 
 
-def with_parents(stage: StageName, folder: Path, undisturbed: LoadedConfig) -> LoadedConfig:
+def with_parents(stage: StageName, folder: Path, undisturbed: LoadedConfig, *overrides: str) -> LoadedConfig:
     """`elsewhere`, with the finished stages that this one starts from."""
-    loaded = elsewhere(folder, undisturbed)
+    loaded = elsewhere(folder, undisturbed, *overrides)
     run, finished = RunDirectory(loaded.config.run_dir), RunDirectory(undisturbed.config.run_dir)
     for parent in parents_of(stage, loaded.config):
         shutil.copytree(finished.stage(parent), run.stage(parent))

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from resume.harness import Runner, Stop, leftovers, log, result_of, small_pipeline, with_parents
 
+from pipeline.artifacts import read_manifest
 from pipeline.config_file import LoadedConfig
-from pipeline.run_directory import STAGES, StageName
+from pipeline.run_directory import STAGES, RunDirectory, StageName
 
 PPO = [
     # Each phase of an iteration: before, within and after.
@@ -128,6 +129,47 @@ def undisturbed(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> Loa
     for stage in STAGES:
         assert runner.run(stage, loaded) == 0, said(loaded)
     return loaded
+
+
+# A run whose guard stops it, with a critic on the policy's trunk, and more measurements than checkpoints.
+STOPPING = (
+    "ppo.guard.action=stop",
+    "ppo.guard.max_ratio=1.0001",
+    "ppo.critic=head",
+    "ppo.held_out.every=1",
+    "ppo.checkpoint_every=3",
+    "ppo.critic_warmup_iterations=2",
+)
+
+
+@pytest.fixture(scope="module")
+def stopping(runner: Runner, undisturbed: LoadedConfig, tmp_path_factory: pytest.TempPathFactory) -> LoadedConfig:
+    loaded = with_parents("ppo", tmp_path_factory.mktemp("stopping"), undisturbed, *STOPPING)
+    assert runner.run("ppo", loaded) == 0, said(loaded)
+    manifest = read_manifest(RunDirectory(loaded.config.run_dir).stage("ppo"))
+    assert manifest.extra["stopped"].startswith("iteration 3: policy/ratio_max")
+    assert manifest.extra["iterations"] == 3 < loaded.config.ppo.iterations
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        Stop("stages.ppo:finish"),
+        Stop("stages.ppo:Checkpoints.save", 1),
+        Stop("stages.ppo:measure_held_out", 3),
+        Stop("stages.round_metrics:write_text"),
+        Stop("stages.update:Updater._step", 9, signal=signal.SIGTERM),
+        Stop("stages.ppo:round_metrics", 3, signal=signal.SIGTERM),
+    ],
+    ids=str,
+)
+def test_a_run_that_stops_early(runner: Runner, stopping: LoadedConfig, tmp_path: Path, stop: Stop) -> None:
+    if stop.at.endswith("write_text"):  # samples are dropped where a start finds some
+        first = Stop("stages.ppo:measure_held_out", 2)
+        ends_in_the_same_bytes(runner, stopping, "ppo", tmp_path / "run", first, stop)
+    else:
+        ends_in_the_same_bytes(runner, stopping, "ppo", tmp_path / "run", stop)
 
 
 @pytest.mark.parametrize("stop", PPO, ids=str)

@@ -34,13 +34,21 @@ from pipeline.artifacts import read_manifest
 from pipeline.base_model import fingerprint, load_base
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import PPOSettings
-from pipeline.config_file import LoadedConfig
-from pipeline.errors import BaseModelError, ConfigError, DivergenceError, RewardFunctionError, StartupGateError
+from pipeline.config_file import LoadedConfig, load_config
+from pipeline.errors import (
+    BaseModelError,
+    ConfigError,
+    DivergenceError,
+    IncompatibleAdapterError,
+    RewardFunctionError,
+    StartupGateError,
+)
 from pipeline.metrics import read_metrics
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
 from stages import ppo
+from stages.inputs import find_current
 from stages.round_metrics import correlation, repetition, round_metrics
 from stages.training_state import TrainingState
 from stages.update import Updater, UpdateStatistics
@@ -618,6 +626,31 @@ def test_a_divergence_names_its_iteration(tmp_path, monkeypatch):
     with pytest.raises(DivergenceError, match="policy loss is not finite") as caught:
         ppo.run(loaded, run)
     assert caught.value.where == "iteration 1, epoch 1, minibatch 1"
+
+
+def test_rows_that_come_while_the_stage_runs_make_it_run_again(tmp_path, monkeypatch):
+    loaded = whole_config(tmp_path, "ppo.rewards=[{function: tiny_data.py:share_of_a}]")
+    run = publish_sft(loaded)
+    own = ppo.collect
+
+    def collect(*args: Any, **named: Any) -> Any:
+        with (tmp_path / "tiny_data.py").open("a") as file:
+            file.write("\n# another row\n")
+        return own(*args, **named)
+
+    monkeypatch.setattr(ppo, "collect", collect)
+    ppo.run(loaded, run)
+    current, reason = find_current("ppo", loaded, run)
+    assert current is None and reason.startswith("changed since the last run: ")
+
+
+def test_an_adapter_of_another_base_is_refused_before_the_base_is_loaded(tmp_path, monkeypatch):
+    loaded = whole_config(tmp_path, "ppo.rewards=[{function: tiny_data.py:share_of_a}]")
+    run = publish_sft(loaded)
+    other = load_config(loaded.path, [*loaded.overrides, "base.dtype=bfloat16"])
+    monkeypatch.setattr(ppo, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    with pytest.raises(IncompatibleAdapterError, match="its quantization is"):
+        ppo.run(other, run)
 
 
 def test_a_faulty_reward_function_stops_before_a_model_is_loaded(tmp_path, monkeypatch):

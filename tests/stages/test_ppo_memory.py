@@ -11,6 +11,7 @@ import torch
 from tiny_models import loaded_tiny_base, tiny_config
 from tiny_ppo import Round, tiny_round
 
+from pipeline.distributed import World
 from pipeline.errors import OutOfMemoryError
 from pipeline.kl import FixedKL
 from stages.experience import Budgets
@@ -121,10 +122,10 @@ def test_a_lowered_budget_is_part_of_the_checkpoint(tmp_path):
 
     def fresh(name: str) -> TrainingState:
         found = tiny_round(loaded_tiny_base(tmp_path / name))
-        return TrainingState(found.roles, found.optimizer, FixedKL(0.1), Budgets.of(config.ppo))
+        return TrainingState(found.roles, found.optimizer, FixedKL(0.1), Budgets.of(config.ppo), found.world, "sft")
 
     def checkpoints() -> Checkpoints:
-        return Checkpoints(tmp_path / "working", config, "digest", warn=pytest.fail)
+        return Checkpoints(tmp_path / "working", config, "digest", World(), warn=pytest.fail)
 
     lowered = fresh("lowered")
     lowered.budgets.tokens.size, lowered.budgets.responses.size = 100, 8

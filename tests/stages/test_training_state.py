@@ -19,7 +19,7 @@ from stages.update import Updater, UpdateStatistics
 
 
 def state_of(found: Round) -> TrainingState:
-    return TrainingState(found.roles, found.optimizer, FixedKL(0.05), found.budgets)
+    return TrainingState(found.roles, found.optimizer, FixedKL(0.05), found.budgets, found.world, "sft")
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def test_a_kept_round_comes_back_as_it_was(tmp_path, config):
     found = tiny_round(loaded_tiny_base(tmp_path))
     experience = found.collect()
     kept = rounds_in(tmp_path / "working", config, found)
-    kept.save(3, "policy", experience)
-    again = kept.load(3, "policy", experience.prompts, found.roles)
+    kept.save(3, "policy", experience, found.budgets)
+    again = kept.load(3, "policy", experience.prompts, found.roles, found.budgets)
     assert again is not None and kept.exists(3, "policy")
     for name, value in vars(experience).items():
         other = getattr(again, name)
@@ -52,13 +52,13 @@ def test_a_round_of_another_policy_iteration_or_world_is_not_used(tmp_path, conf
     found = tiny_round(loaded_tiny_base(tmp_path))
     experience = found.collect()
     kept = rounds_in(tmp_path / "working", config, found)
-    kept.save(3, "policy", experience)
-    assert kept.load(3, "another", experience.prompts, found.roles) is None
-    assert kept.load(4, "policy", experience.prompts, found.roles) is None
+    kept.save(3, "policy", experience, found.budgets)
+    assert kept.load(3, "another", experience.prompts, found.roles, found.budgets) is None
+    assert kept.load(4, "policy", experience.prompts, found.roles, found.budgets) is None
     assert not kept.exists(3, "another")
     monkeypatch.setattr(type(found.world), "size", 2)
     monkeypatch.setattr(type(found.world), "maximum", lambda self, number: number)
-    assert kept.load(3, "policy", experience.prompts, found.roles) is None
+    assert kept.load(3, "policy", experience.prompts, found.roles, found.budgets) is None
 
 
 def test_the_digest_is_that_of_what_learns(tmp_path):
@@ -76,14 +76,14 @@ def test_the_digest_is_that_of_what_learns(tmp_path):
 def test_a_state_within_an_iteration_is_used_only_with_its_responses(tmp_path, config):
     found = tiny_round(loaded_tiny_base(tmp_path))
     state, said = state_of(found), []
-    checkpoints = Checkpoints(tmp_path / "working", config, "inputs", warn=said.append)
+    checkpoints = Checkpoints(tmp_path / "working", config, "inputs", found.world, warn=said.append)
     checkpoints.save(2, state)
     statistics = UpdateStatistics(steps=1, tokens=9.0, gradient_norms={"policy": [0.25]})
     checkpoints.save_unfinished(Position(2, statistics, "policy"), state)
 
     def restored(exists: bool) -> Position:
         asked: list[Any] = []
-        position = Checkpoints(tmp_path / "working", config, "inputs", warn=said.append).restore(
+        position = Checkpoints(tmp_path / "working", config, "inputs", found.world, warn=said.append).restore(
             state, lambda *which: asked.append(which) or exists
         )
         assert asked == [(2, "policy")]
@@ -93,7 +93,7 @@ def test_a_state_within_an_iteration_is_used_only_with_its_responses(tmp_path, c
     assert restored(False) == Position(2)
     assert said == ["warning: the responses of iteration 3 are lost; it is done again"]
     checkpoints.save(3, state)
-    assert Checkpoints(tmp_path / "working", config, "inputs", warn=pytest.fail).restore(
+    assert Checkpoints(tmp_path / "working", config, "inputs", found.world, warn=pytest.fail).restore(
         state, lambda *_: pytest.fail("older than the newest")
     ) == Position(3)
 
