@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -226,8 +227,8 @@ def _print_plan(loaded: LoadedConfig, stages: tuple[StageName, ...], *, force: b
 
     for line in plan(loaded, stages, force=force):
         print(line)
-    require_good_input(loaded)
-    print("The input of all stages is good: base, tokenizer, data, functions and TRL's options.")
+    require_good_input(loaded, stages)
+    print(f"The input of {', '.join(stages)} is good: base, tokenizer, data, functions and TRL's options.")
 
 
 def _run_stage(stage: StageName, loaded: LoadedConfig, *, force: bool, dry_run: bool) -> None:
@@ -237,7 +238,12 @@ def _run_stage(stage: StageName, loaded: LoadedConfig, *, force: bool, dry_run: 
     from stages.launch import ensure_stage
 
     with _shown() as display:
+        started = datetime.now(UTC)
         ensure_stage(stage, loaded, force=force, on_line=display.line, on_progress=display.progress)
+        if stage == "evaluate":  # the last one: what `trivet run` ends with
+            from flows.summary import finished_stages, show_summary, write_summary
+
+            show_summary(write_summary(loaded, finished_stages(loaded), started), display.console)
 
 
 def _run_flow(loaded: LoadedConfig, *, force: bool) -> None:

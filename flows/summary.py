@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 import pipeline
+from pipeline.artifacts import read_manifest
 from pipeline.config_file import LoadedConfig
+from pipeline.errors import ArtifactError
 from pipeline.memory import megabytes
 from pipeline.progress import duration
 from pipeline.run_directory import STAGES, RunDirectory, write_json
-from stages.launch import StageResult
+from stages.inputs import stages_of
+from stages.launch import StageResult, stage_result
 
 SAMPLES = "samples.json"
 """The evaluation's side-by-side answers, in its folder."""
@@ -69,6 +73,16 @@ def write_summary(loaded: LoadedConfig, results: Sequence[StageResult | None], s
     }
     write_json(RunDirectory(loaded.config.run_dir).summary, summary)
     return summary
+
+
+def finished_stages(loaded: LoadedConfig) -> list[StageResult]:
+    """What the stages that are finished in the run's folder hand on; those that are not are left out."""
+    run, found = RunDirectory(loaded.config.run_dir), []
+    for stage in stages_of(loaded.config):
+        with contextlib.suppress(ArtifactError):
+            manifest = read_manifest(run.stage(stage))
+            found.append(stage_result(stage, run, manifest, cached=True, reason="finished before"))
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -134,6 +134,12 @@ def _device(launch: LaunchSettings) -> str | None:
 
 
 def stage_result(stage: StageName, run: RunDirectory, manifest: Manifest, *, cached: bool, reason: str) -> StageResult:
+    """A finished stage as it is handed on.
+
+    Args:
+        cached: whether it was finished before.
+        reason: why the stage ran or did not.
+    """
     return StageResult(
         stage=stage,
         path=str(run.stage(stage)),

@@ -3,7 +3,7 @@
 Loads tokenizer and data and calls each reward function once, but no model. A flow calls `require_good_input`, which
 runs this module in a process of its own, so that the flow's process stays free of torch.
 
-    python -m stages.preflight CONFIG [key=value ...]
+    python -m stages.preflight STAGE,... CONFIG [key=value ...]
 """
 
 from __future__ import annotations
@@ -12,35 +12,43 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import yaml
 
 from pipeline import errors
 from pipeline.config_file import LoadedConfig, load_config
 from pipeline.errors import ConfigError, TrivetError
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import RunDirectory, StageName
 from stages.command import leave_message
 from stages.inputs import find_current, stages_of
 from stages.launch import ERROR_FILE_VARIABLE, child_environment, supervised
 
 _WARNING = "warning: "
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
-def require_good_input(loaded: LoadedConfig, warn: Callable[[str], None] = print) -> None:
-    """Check the input of all stages in another process, unless there is nothing left to run.
+def require_good_input(
+    loaded: LoadedConfig, stages: Sequence[StageName] | None = None, *, warn: Callable[[str], None] = print
+) -> None:
+    """Check the input of stages in another process, unless there is nothing left to run.
 
     Args:
+        stages: which ones. None: all of the run's.
         warn: told what is allowed but seldom meant, a line each.
 
     Raises:
         TrivetError: what `check` raises there.
     """
     run = RunDirectory(loaded.config.run_dir)
-    if all(find_current(stage, loaded, run)[0] is not None for stage in stages_of(loaded.config)):
+    stages = stages or stages_of(loaded.config)
+    if all(find_current(stage, loaded, run)[0] is not None for stage in stages):
         return
     with tempfile.TemporaryDirectory(prefix="trivet-") as scratch:
         message = Path(scratch) / "error.json"
-        command = [sys.executable, "-m", "stages.preflight", str(loaded.path.resolve()), *loaded.overrides]
+        config = [str(loaded.path.resolve()), *loaded.overrides]
+        command = [sys.executable, "-m", "stages.preflight", ",".join(stages), *config]
         environment = child_environment(loaded.config.launch) | {ERROR_FILE_VARIABLE: str(message)}
         with supervised(command, environment, output=subprocess.PIPE, error=subprocess.STDOUT) as process:
             output, _ = process.communicate()
@@ -57,8 +65,8 @@ def require_good_input(loaded: LoadedConfig, warn: Callable[[str], None] = print
     raise kind(found["problem"], where=found["where"], remedy=found["remedy"])
 
 
-def check(loaded: LoadedConfig) -> list[str]:
-    """Read all that the stages will read, short of the models; returns what is allowed but seldom meant.
+def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
+    """Read all that these stages will read, short of the models; returns what is allowed but seldom meant.
 
     Raises:
         TrivetError: the first fault; its kind says whether config, base, data or a function is to blame.
@@ -71,32 +79,55 @@ def check(loaded: LoadedConfig) -> list[str]:
     from pipeline.trl_options import check_trl_options
 
     config = loaded.config
-    if config.launch.accelerate_config is not None and not Path(config.launch.accelerate_config).is_file():
-        raise ConfigError(
-            "there is no such file",
-            where=f"launch.accelerate_config={config.launch.accelerate_config}",
-            remedy="Make one with `accelerate config --config_file FILE`, or remove the key.",
-        )
+    if config.launch.accelerate_config is not None:
+        _check_accelerate_config(Path(config.launch.accelerate_config))
     check_trl_options(config)
     rewards = RewardSum(config.ppo.rewards, model_scores=None)
     gold = config.evaluate.gold and RewardFunction(config.evaluate.gold, what="gold function")
     chat = ChatFormat(load_tokenizer(config.base))
     assert chat.eos_token_id >= 0  # reading it is the check
-    instructions = load_instructions(config.data, chat, config.sft.max_length)
-    preferences = None
-    if config.trains_reward_model:
+    instructions = preferences = prompts = None
+    if "sft" in stages:
+        instructions = load_instructions(config.data, chat, config.sft.max_length)
+    if "reward" in stages:
         preferences = load_preferences(config.data, chat, config.reward.max_length)
-    prompts = load_prompts(config.data, chat, config.ppo.max_prompt_tokens)
-    rewards.probe(prompts.train)
-    if gold:
-        gold.probe(prompts.held_out)
+    if "ppo" in stages or "evaluate" in stages:
+        prompts = load_prompts(config.data, chat, config.ppo.max_prompt_tokens)
+        rewards.probe(prompts.train)
+        if gold and "evaluate" in stages:
+            gold.probe(prompts.held_out)
     return list(warnings(instructions, prompts, preferences))
+
+
+def _check_accelerate_config(path: Path) -> None:
+    where = f"launch.accelerate_config={path}"
+    if not path.is_file():
+        raise ConfigError(
+            "there is no such file",
+            where=where,
+            remedy="Make one with `accelerate config --config_file FILE`, or remove the key.",
+        )
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind = str(settings.get("distributed_type", "NO")).upper()
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(
+            f"it is no Accelerate config: {str(error).splitlines()[0]}",
+            where=where,
+            remedy="Make one with `accelerate config --config_file FILE`.",
+        ) from None
+    if kind in _SHARDED:
+        raise ConfigError(
+            f"it asks for {kind}, which would split the base; stages hold it whole on each device",
+            where=where,
+            remedy="Set distributed_type: MULTI_GPU there, and base.quantization=nf4 if the base is too large.",
+        )
 
 
 def main() -> None:
     """Command line: see the module's docstring."""
     try:
-        for warning in check(load_config(sys.argv[1], sys.argv[2:])):
+        for warning in check(load_config(sys.argv[2], sys.argv[3:]), sys.argv[1].split(",")):
             print(_WARNING + warning)
     except TrivetError as error:
         if not leave_message(error):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tiny_models import tiny_config
 
 from pipeline.errors import BaseModelError, ConfigError, DataError, RewardFunctionError
+from pipeline.run_directory import STAGES
 from stages.preflight import check, require_good_input
 
 FAULTS = [
@@ -23,14 +26,14 @@ FAULTS = [
 @pytest.mark.parametrize(("override", "kind", "named"), FAULTS)
 def test_each_fault_is_named_by_its_own_kind_of_error(tmp_path, override, kind, named):
     with pytest.raises(kind) as caught:
-        check(tiny_config(tmp_path, override))
+        check(tiny_config(tmp_path, override), STAGES)
     assert named in str(caught.value)
 
 
 def test_a_gold_function_that_returns_nan_is_found(tmp_path):
     (tmp_path / "judge.py").write_text("def judge(prompts, completions, **columns):\n    return [float('nan')] * 2\n")
     with pytest.raises(RewardFunctionError, match="nan"):
-        check(tiny_config(tmp_path, "evaluate.gold=judge.py:judge"))
+        check(tiny_config(tmp_path, "evaluate.gold=judge.py:judge"), STAGES)
 
 
 def test_another_process_finds_the_same_and_says_so_as_the_same_error(tmp_path):
@@ -45,3 +48,23 @@ def test_what_is_seldom_meant_is_said_and_does_not_stop_the_run(tmp_path):
     said: list[str] = []
     require_good_input(tiny_config(tmp_path, "data.prompts.sources=[plain.jsonl]"), warn=said.append)
     assert len(said) == 1 and said[0].startswith("warning: 8 of 8 rows of data.prompts have a plain-text prompt")
+
+
+def test_a_stage_alone_is_checked_alone(tmp_path: Path) -> None:
+    loaded = tiny_config(tmp_path, "data.preferences.sources=[nope.jsonl]", "data.prompts.sources=[nope.jsonl]")
+    assert check(loaded, ["sft"]) == []
+    for stage in ("reward", "ppo", "evaluate"):
+        with pytest.raises(DataError, match=r"nope\.jsonl"):
+            check(loaded, [stage])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("distributed_type: FSDP\n", "asks for FSDP"), ("distributed_type: deepspeed\n", "DEEPSPEED"), ("- 1", "is no A")],
+)
+def test_an_accelerate_config_that_no_stage_can_follow_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        check(tiny_config(tmp_path, "launch.accelerate_config=mine.yaml"), STAGES)
+    (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\n")
+    assert check(tiny_config(tmp_path, "launch.accelerate_config=mine.yaml"), STAGES) == []
