@@ -70,7 +70,6 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     seed_everything(config.seed, deterministic=config.deterministic)
 
     # Data and judges.
-    inputs = stage_inputs("evaluate", config, run)
     chat = ChatFormat(load_tokenizer(config.base))
     prompts = load_prompts(config.data, chat, config.ppo.max_prompt_tokens).held_out[: config.evaluate.prompts]
     functions = {
@@ -81,6 +80,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     for function in functions.values():
         function.probe(prompts)
 
+    inputs = stage_inputs("evaluate", config, run)
     require_fitting_parents("evaluate", config, run, base_identity(config.base, chat, world.device))
 
     # Adapters.
