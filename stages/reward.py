@@ -28,9 +28,9 @@ from peft import PeftModel
 from torch import Tensor
 from trl import RewardTrainer
 
-from pipeline.artifacts import Manifest, digest, read_manifest, require_same_base
+from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_files import load_tokenizer
-from pipeline.base_model import Base, fingerprint, load_base, require_unchanged
+from pipeline.base_model import Base, base_identity, fingerprint, load_base, require_unchanged
 from pipeline.batching import group_by_tokens, pad
 from pipeline.chat import ChatFormat
 from pipeline.config import PipelineConfig
@@ -47,7 +47,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.scoring import require_finite, score_rewards
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
-from stages.gates import reward_probe
+from stages.gates import require_fitting_parents, reward_probe
 from stages.inputs import stage_inputs
 from stages.interruption import deferred
 from stages.microbatches import Microbatch, cut_pairs
@@ -96,11 +96,12 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     train_pairs, held_out_pairs = tokenize(chat, split.train), tokenize(chat, split.held_out)
     prompts = calibration_prompts(config, chat, split.train)
 
+    require_fitting_parents("reward", config, run, base_identity(config.base, chat, arguments.device))
+
     # 3. Adapters
     base = load_base(config.base, arguments.device)
     base_before = fingerprint(base.model)
     sft = run.stage("sft")
-    require_same_base(read_manifest(sft), base.identity, sft)
     seed_everything(config.seed, deterministic=config.deterministic)
     model, _ = reward_model_for_training(base, config.lora, sft if settings.start_from == "sft" else None)
 
