@@ -703,7 +703,7 @@ TABLE = (
     Mutation(
         "the reward stage takes an SFT adapter of another base",
         "stages/reward.py",
-        "    require_fitting_parents(\"reward\", config, run, base_identity(config.base, chat, arguments.device))\n",
+        '    require_fitting_parents("reward", config, run, base_identity(config.base, chat, arguments.device))\n',
         "",
         (f"{REWARD}::test_an_sft_adapter_of_another_base_is_refused_before_training",),
     ),
