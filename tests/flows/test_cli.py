@@ -72,7 +72,7 @@ def test_a_dry_run_shows_settings_batches_and_plan(tmp_path: Path) -> None:
     assert any(line.startswith("ppo: a round samples 8 responses") for line in lines)
     assert [line.partition(":")[0] for line in lines[-5:-1]] == ["sft", "reward", "ppo", "evaluate"]
     assert lines[-5] == "sft: would run; not run yet."
-    assert lines[-1].startswith("The input of all stages is good")
+    assert lines[-1].startswith("The input of sft, reward, ppo, evaluate is good")
     assert not (tmp_path / "run").exists()
 
 
