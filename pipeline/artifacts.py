@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import ArtifactError, IncompatibleAdapterError
+from pipeline.errors import ArtifactError, ForeignResultError, IncompatibleAdapterError
 from pipeline.run_directory import MANIFEST, read_json, write_json
 
 MANIFEST_VERSION = 1
@@ -139,8 +139,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a stage's manifest and verify it and every file against it.
 
     Raises:
-        ArtifactError: the stage is absent, was written by a newer version, its manifest was edited, or a file is
-            missing, added or differs from its digest.
+        ArtifactError: the stage is absent, its manifest was edited, or a file is missing or differs from its digest.
+        ForeignResultError: it was written by a newer version, or a file was added.
     """
     path = folder / MANIFEST
     try:
@@ -153,10 +153,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"the manifest cannot be read: {error}", where=str(path), remedy=_again(folder)) from None
     version = content.get("manifest_version")
     if isinstance(version, int) and version > MANIFEST_VERSION:
-        raise ArtifactError(
+        raise ForeignResultError(
             f"the manifest was written by a newer trivet ({content.get('code_version')})",
             where=str(path),
-            remedy="Upgrade trivet.",
+            remedy="Upgrade trivet, or choose another folder with run_dir=...; --force puts a new result in its place.",
         )
     content = unseal(content, path, _again(folder))
     try:
@@ -188,10 +188,10 @@ def _verify_files(folder: Path, manifest: Manifest) -> None:
                 remedy=_again(folder),
             )
     if surplus := sorted(set(found) - set(manifest.files)):
-        raise ArtifactError(
+        raise ForeignResultError(
             "a file lies in the stage's folder that the stage did not write",
             where=str(folder / surplus[0]),
-            remedy="Move it elsewhere.",
+            remedy="Move it elsewhere; --force removes it with the old result.",
         )
 
 

@@ -53,6 +53,10 @@ class ArtifactError(TrivetError, OSError):
     """A finished stage's folder is missing, incomplete, edited by hand or corrupted."""
 
 
+class ForeignResultError(ArtifactError):
+    """A stage's folder holds what this trivet did not write: a newer one's result, or a stray file. It stays."""
+
+
 class RunDirectoryError(TrivetError, OSError):
     """The run directory belongs to another config, to a newer version, or cannot be written."""
 

@@ -81,7 +81,7 @@ def plan(loaded: LoadedConfig, stages: Sequence[StageName], *, force: bool) -> I
     run = RunDirectory.find(loaded)
     will_run: list[StageName] = []
     for stage in stages:
-        manifest, reason = find_current(stage, loaded, run)
+        manifest, reason = find_current(stage, loaded, run, force=force)
         renewed = [parent for parent in parents_of(stage, loaded.config) if parent in will_run]
         if manifest is not None and not force and not renewed:
             yield f"{stage}: would not run; {reason}."
@@ -103,7 +103,7 @@ def _parser(stage: StageName) -> argparse.ArgumentParser:
 
 def _run_unless_current(stage: StageName, run: Run, loaded: LoadedConfig, *, force: bool) -> None:
     with _at_work(stage, loaded) as directory:
-        manifest, reason = find_current(stage, loaded, directory)
+        manifest, reason = find_current(stage, loaded, directory, force=force)
         if manifest is not None and not force:
             _say(f"{stage}: nothing to do; {reason}.")
             return

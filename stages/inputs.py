@@ -10,7 +10,7 @@ from pipeline.base_source import locate, read_template
 from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import fingerprint
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ForeignResultError
 from pipeline.functions import function_digest
 from pipeline.run_directory import STAGES, RunDirectory, StageName
 
@@ -56,13 +56,24 @@ def stage_inputs(stage: StageName, config: PipelineConfig, run: RunDirectory) ->
     return inputs
 
 
-def find_current(stage: StageName, loaded: LoadedConfig, run: RunDirectory) -> tuple[Manifest | None, str]:
-    """The stage's finished result if it still follows from the same inputs, and the reason for the verdict."""
+def find_current(
+    stage: StageName, loaded: LoadedConfig, run: RunDirectory, *, force: bool = False
+) -> tuple[Manifest | None, str]:
+    """The stage's finished result if it still follows from the same inputs, and the reason for the verdict.
+
+    Args:
+        force: whether what lies there may be replaced, whosever it is.
+
+    Raises:
+        ForeignResultError: what lies there is not ours to replace.
+    """
     if not run.stage(stage).exists():
         return None, "not run yet"
     try:
         manifest = read_manifest(run.stage(stage))
     except ArtifactError as error:
+        if isinstance(error, ForeignResultError) and not force:
+            raise
         return None, f"its result cannot be used: {error.problem}"
     try:
         inputs = stage_inputs(stage, loaded.config, run)

@@ -107,7 +107,7 @@ def ensure_stage(
         TrivetError: the stage failed, or what it needs is not there.
     """
     run = RunDirectory.open(loaded)
-    current, reason = find_current(stage, loaded, run)
+    current, reason = find_current(stage, loaded, run, force=force)
     if current is not None and not force:
         on_line(f"{stage}: nothing to do; {reason}.")
         return stage_result(stage, run, current, cached=True, reason=reason)

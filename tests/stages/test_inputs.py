@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from finished_stages import light_config, publish_all
 
 from pipeline.artifacts import digest
 from pipeline.config_file import load_config
+from pipeline.errors import ForeignResultError
 from pipeline.run_directory import STAGES, RunDirectory
 from stages.inputs import find_current, stage_inputs
 
@@ -38,8 +40,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("override", "changed"), CHANGES)
 def test_a_setting_changes_the_stages_whose_result_follows_from_it(
-    finished: Path, override: str, changed: set[str]
+    finished: Path, override: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # a relative cache folder is made there
     before, after = load_config(finished).config, load_config(finished, [override]).config
     run = RunDirectory(before.run_dir)
     found = {
@@ -61,4 +64,23 @@ def test_a_result_whose_figures_were_edited_is_made_again(finished: Path) -> Non
             "its result cannot be used: its content was edited: the checksum does not fit",
         )
     finally:
+        manifest.write_text(right)
+
+
+@pytest.mark.parametrize("whose", ["stray", "newer"])
+def test_what_is_not_ours_is_not_replaced(finished: Path, whose: str) -> None:
+    loaded = load_config(finished)
+    run = RunDirectory(loaded.config.run_dir)
+    manifest, stray = run.stage("reward") / "trivet.json", run.stage("reward") / "notes.txt"
+    right = manifest.read_text()
+    if whose == "stray":
+        stray.write_text("mine")
+    else:
+        manifest.write_text(json.dumps(json.loads(right) | {"manifest_version": 99}))
+    try:
+        with pytest.raises(ForeignResultError, match="did not write" if whose == "stray" else "newer trivet"):
+            find_current("reward", loaded, run)
+        assert find_current("reward", loaded, run, force=True)[0] is None
+    finally:
+        stray.unlink(missing_ok=True)
         manifest.write_text(right)
