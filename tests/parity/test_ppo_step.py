@@ -140,7 +140,7 @@ def test_an_iteration_equals_the_plain_one(tmp_path, monkeypatch, architecture, 
     monkeypatch.setattr(
         found.updater,
         "_step",
-        lambda exp, rows, *rest, **named: (order.append(rows), own_step(exp, rows, *rest, **named)),
+        lambda exp, rows, *rest, **named: (order.append(rows), own_step(exp, rows, *rest, **named))[1],
     )
     statistics = found.updater.update(experience, 0, critic_only=False)
     assert len(order) == 4  # two epochs of two minibatches
