@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,14 +39,14 @@ def locate(base: BaseSettings) -> BaseSource:
     """
     if base.model.startswith(PACKAGE_PREFIX):
         path = _in_package(base.model)
-    elif base.model.startswith(("/", ".", "~")) or Path(base.model).exists():
+    elif base.model.startswith(("/", ".", "~")) or os.path.exists(base.model):
         path = Path(base.model).expanduser()
     else:
         path = _from_hub(base)
-    if path.is_file() and path.suffix == ".gguf":
+    if os.path.isfile(path) and path.suffix == ".gguf":
         _require_gguf(path)
         return BaseSource("gguf", path, _cached_file_digest(path, base))
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):
         raise BaseModelError(
             "there is no model here: a folder with config.json and *.safetensors, or a .gguf file, is wanted",
             where=str(path),

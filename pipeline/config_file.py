@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -300,7 +301,7 @@ def _resolve_paths(config: PipelineConfig, folder: Path) -> PipelineConfig:
         return str(expanded if expanded.is_absolute() else (folder / expanded).resolve())
 
     def base_model(text: str) -> str:
-        looks_local = text.startswith((".", "/", "~")) or text.endswith(".gguf") or (folder / text).exists()
+        looks_local = text.startswith((".", "/", "~")) or text.endswith(".gguf") or os.path.exists(folder / text)
         return resolve(text) if looks_local and not text.startswith(_NO_PATH_PREFIXES) else text
 
     def source(item: DataSource) -> DataSource:
@@ -348,4 +349,4 @@ def is_local_source(path: str, folder: Path = Path()) -> bool:
     file = path.rpartition(":")[0] if ".py:" in path else path
     # Some of them no source can be: a file of that name is a mistake to name, not a hub id to ask for.
     suffixes = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".py", ".gz", ".tsv", ".txt", ".xlsx", ".zip")
-    return file.startswith((".", "/", "~")) or file.lower().endswith(suffixes) or (folder / file).exists()
+    return file.startswith((".", "/", "~")) or file.lower().endswith(suffixes) or os.path.exists(folder / file)

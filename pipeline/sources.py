@@ -105,9 +105,9 @@ def _is_function(path: str) -> bool:
 
 
 def _check_file(path: Path) -> None:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise DataError("this is a folder", where=str(path), remedy="Name the files in it, one source each.")
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError("there is no such file", where=str(path), remedy=_CHECK_PATH)
 
 

@@ -9,6 +9,7 @@ runs this module in a process of its own, so that the flow's process stays free 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,7 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
 
 def _check_accelerate_config(path: Path) -> None:
     where = f"launch.accelerate_config={path}"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(
             "there is no such file",
             where=where,

@@ -415,3 +415,8 @@ def test_the_config_is_frozen_and_every_field_is_described() -> None:
 
 def test_the_resolved_config_is_json(tmp_path: Path) -> None:
     json.dumps(load(tmp_path).config.model_dump(mode="json"), allow_nan=False)
+
+
+def test_a_name_that_no_file_can_have_is_no_file(tmp_path: Path) -> None:
+    """The system refuses to look for it, which is not a fault of the program."""
+    assert load(tmp_path, f"base.model={'x' * 1000}").config.base.model == "x" * 1000
