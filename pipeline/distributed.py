@@ -103,10 +103,11 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
         os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-        # With warnings alone, these kernels of attention keep the backward pass whose sums have no order.
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        if torch.cuda.is_available():
+            # With warnings alone, these kernels of attention keep a backward pass whose sums have no order there.
+            torch.backends.cuda.enable_flash_sdp(False)
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def random_states() -> dict[str, Any]:
