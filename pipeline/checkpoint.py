@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.artifacts import folder_files, seal, unseal
 from pipeline.disk import writing
 from pipeline.run_directory import read_json, sync, sync_tree, write_json
+from pipeline.tensor_tree import save_tensors
 
 STATE = "state.json"
 _DRAFT = ".draft-"
@@ -125,8 +126,8 @@ def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, named: Mapping[
     tensors: dict[str, Tensor] = {}
     for name, parameter in named.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(tensors, path, metadata={"format": "pt"})
+            tensors[f"{name}/{key}"] = torch.as_tensor(value)
+    save_tensors(tensors, path)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:

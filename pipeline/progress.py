@@ -159,6 +159,12 @@ def is_main_process() -> bool:
     return all(int(os.environ.get(variable) or 0) == 0 for variable in ("RANK", "LOCAL_RANK"))
 
 
+def say(line: str) -> None:
+    """Print a line, once for all processes."""
+    if is_main_process():
+        print(line, flush=True)
+
+
 @functools.cache
 def _view_for_this_process() -> ProgressView:
     if not is_main_process():

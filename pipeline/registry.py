@@ -10,7 +10,6 @@ A version holds the whole line of adapters, since a run directory is overwritten
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any, Literal
 from pipeline.artifacts import read_manifest
 from pipeline.disk import writing
 from pipeline.errors import RegistryError
-from pipeline.run_directory import RunDirectory, StageName, read_json, write_json
+from pipeline.run_directory import RunDirectory, StageName, read_json, sync_tree, write_json
 from pipeline.run_lock import hold
 
 
@@ -152,7 +151,7 @@ class Registry:
                     shutil.copytree(run.stage(stage), draft / stage)
                 read_manifest(draft / stage)
             with writing(versions):
-                _sync(draft)
+                sync_tree(draft)
                 draft.chmod(0o755)
                 target = self._folder(version)
                 shutil.rmtree(target, ignore_errors=True)  # of a promotion that was killed before its last step
@@ -182,12 +181,3 @@ def _before(history: Sequence[Event]) -> int:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

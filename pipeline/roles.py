@@ -19,7 +19,7 @@ from typing import Any, Literal, cast, get_args
 import bitsandbytes
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +29,7 @@ from pipeline.base_model import Base
 from pipeline.config import LoraSettings
 from pipeline.errors import ArtifactError
 from pipeline.scalar_head import RewardModel, ScalarHead, trunk_of, width_of
+from pipeline.tensor_tree import save_tensors
 
 Role = Literal["policy", "reference", "reward", "value"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -290,19 +291,13 @@ class Roles:
             config.modules_to_save, config.task_type = ["score"], TaskType.SEQ_CLS
         elif head is not None:
             self.save_head(role, folder)
-        self.save_tensors(tensors, folder / ADAPTER_WEIGHTS)
+        save_tensors(tensors, folder / ADAPTER_WEIGHTS)
         config.save_pretrained(folder)
 
     def save_head(self, role: Role, folder: Path) -> None:
         """Write the role's head alone, with its bias."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.save_tensors(self.heads[role].state_dict(), folder / HEAD_WEIGHTS)
-
-    @staticmethod
-    def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Write tensors by name as safetensors."""
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, path, metadata={"format": "pt"})
+        save_tensors(self.heads[role].state_dict(), folder / HEAD_WEIGHTS)
 
     def _adapter_tensors(self, role: Role) -> dict[str, Tensor]:
         return {key: tensor.detach().cpu().clone() for key, tensor in sorted(self._adapter_parameters(role).items())}

@@ -7,6 +7,7 @@ and tuples, dicts with any plain keys and numpy arrays come back as what they we
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.run_directory import read_json, write_json
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name as safetensors."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata={"format": "pt"})
 
 
 def save_tree(stem: Path, tree: Any) -> None:

@@ -25,7 +25,7 @@ from pipeline.config_file import LoadedConfig, load_config
 from pipeline.disk import writing
 from pipeline.errors import StageInterruptedError, TrivetError
 from pipeline.memory import megabytes
-from pipeline.progress import duration, is_main_process
+from pipeline.progress import duration, is_main_process, say
 from pipeline.run_directory import RunDirectory, StageName
 from stages import interruption
 from stages.inputs import find_current, parents_of
@@ -63,7 +63,7 @@ def stage_main(stage: StageName, run: Run, argv: Sequence[str] | None = None) ->
     except Interrupted:
         stopped = StageInterruptedError(f"{stage}: stopped as asked", remedy="The same command goes on from there.")
         leave_message(stopped)
-        _say(str(stopped))
+        say(str(stopped))
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         leave_message(error)
@@ -105,11 +105,11 @@ def _run_unless_current(stage: StageName, run: Run, loaded: LoadedConfig, *, for
     with _at_work(stage, loaded) as directory:
         manifest, reason = find_current(stage, loaded, directory, force=force)
         if manifest is not None and not force:
-            _say(f"{stage}: nothing to do; {reason}.")
+            say(f"{stage}: nothing to do; {reason}.")
             return
-        _say(f"{stage}: starting; {'run again on demand' if manifest is not None else reason}.")
+        say(f"{stage}: starting; {'run again on demand' if manifest is not None else reason}.")
         finished = run(loaded, directory)
-        _say(
+        say(
             f"{stage}: finished in {duration(finished.seconds)}, peak memory {megabytes(finished.peak_memory_bytes)},"
             f" result in {directory.stage(stage)}."
         )
@@ -122,13 +122,8 @@ def _at_work(stage: StageName, loaded: LoadedConfig) -> Iterator[RunDirectory]:
         yield RunDirectory.find(loaded)
         return
     directory = RunDirectory.open(loaded)
-    with directory.locked(f"the {stage} stage", warn=_say), writing(directory.root):
+    with directory.locked(f"the {stage} stage", warn=say), writing(directory.root):
         yield directory
-
-
-def _say(line: str) -> None:
-    if is_main_process():
-        print(line, flush=True)
 
 
 def _quiet() -> None:

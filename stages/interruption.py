@@ -61,8 +61,13 @@ def deferred() -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether this process was asked to stop. With several processes, let `World.maximum` agree on the answer."""
+    """Whether this process was asked to stop."""
     return _asked_at is not None
+
+
+def asked_of_any(world: World) -> bool:
+    """Whether any of the processes was asked to stop. Every process must come here."""
+    return bool(world.maximum(float(requested())))
 
 
 def stop_together(world: World) -> None:
@@ -71,7 +76,7 @@ def stop_together(world: World) -> None:
     Raises:
         Interrupted: in all of them.
     """
-    if world.maximum(float(requested())):
+    if asked_of_any(world):
         raise Interrupted
 
 

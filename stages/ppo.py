@@ -42,7 +42,7 @@ from pipeline.errors import (
 from pipeline.generation import derive_seed
 from pipeline.kl import AdaptiveKL, FixedKL, KLController
 from pipeline.metrics import MetricsWriter
-from pipeline.progress import progress
+from pipeline.progress import progress, say
 from pipeline.records import Prompt
 from pipeline.registry import Registry
 from pipeline.rewards import Calibration, RewardSum
@@ -94,7 +94,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         started_from = sft_digest
     else:
         started_from = roles.add_from("policy", promoted).digest
-        say(world, f"The policy starts at the promoted one, {promoted}.")
+        say(f"The policy starts at the promoted one, {promoted}.")
     calibration, measured = Calibration(), {}
     if config.needs_reward_model:
         reward_manifest = roles.add_from("reward", run.stage("reward"))
@@ -103,22 +103,22 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     add_critic(roles, ppo)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
-    budgets = Budgets.of(ppo, lambda text: say(world, text))
+    budgets = Budgets.of(ppo, say)
     rewards = RewardSum(ppo.rewards, reward_model_scores(roles, calibration, budgets))
 
     # What changes from step to step, and its checkpoints.
     optimizer = make_optimizer(roles, ppo)
     state = TrainingState(roles, optimizer, make_controller(ppo), budgets, world, started_from)
     updater = Updater(roles, optimizer, ppo, seed=config.seed, world=world, budgets=budgets)
-    checkpoints = Checkpoints(run.working("ppo"), config, digest(inputs), world, warn=lambda text: say(world, text))
-    rounds = Rounds(run.working("ppo"), config, digest(inputs), world, warn=lambda text: say(world, text))
+    checkpoints = Checkpoints(run.working("ppo"), config, digest(inputs), world, warn=say)
+    rounds = Rounds(run.working("ppo"), config, digest(inputs), world, warn=say)
 
     # Gates: before a checkpoint is put back, so that the policy is still the copy that it starts as.
     measured |= check_startup(roles, split.train, ppo, seed=config.seed, policy_is_reference=promoted is None)
-    say(world, "Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
+    say("Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
     position = checkpoints.restore(state, rounds.exists)
     if position != Position():
-        say(world, f"Resuming after {position} of {ppo.iterations} iterations.")
+        say(f"Resuming after {position} of {ppo.iterations} iterations.")
 
     # Loop.
     last = min(ppo.iterations, ppo.max_steps or ppo.iterations)
@@ -161,8 +161,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                 raise
             except (DivergenceError, RewardFunctionError, OutOfMemoryError) as error:
                 raise in_iteration(done, error) from error.__cause__
-            coefficient = state.kl.coefficient
-            state.metrics = round_metrics(experience, statistics, kl_coefficient=coefficient, world=world) | held_out
+            figures = round_metrics(experience, statistics, kl_coefficient=state.kl.coefficient, world=world)
+            state.metrics = figures | held_out
             state.kl.update(state.metrics["kl/policy_reference_k1"], config.responses_per_iteration)
             if held_out and is_better(held_out, state.best, ppo.guard):
                 state.best = {"iteration": done, **held_out}
@@ -177,7 +177,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             world.wait()
             position = Position(done)
             for violation in left:
-                say(world, f"warning: {violation}.")
+                say(f"warning: {violation}.")
             bar.advance(
                 note=f"score {state.metrics['objective/score']:.2f},"
                 f" KL {state.metrics['kl/policy_reference_k1']:.2f},"
@@ -203,7 +203,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         if published != position.iteration:
             save_learned(roles, ppo, folder / "last")
             checkpoints.restore_best(state)
-            say(world, f"Publishing the policy of iteration {published}, the best on held-out prompts.")
+            say(f"Publishing the policy of iteration {published}, the best on held-out prompts.")
         save_learned(roles, ppo, folder)
 
     if world.is_main:
@@ -274,12 +274,6 @@ def require_enough_prompts(held_out: Sequence[Prompt], ppo: PPOSettings, world: 
             where="data.prompts.held_out",
             remedy="Hold out more prompts, or set ppo.held_out.every=null and ppo.publish=last.",
         )
-
-
-def say(world: World, line: str) -> None:
-    """Print a line, once for all processes."""
-    if world.is_main:
-        print(line, flush=True)
 
 
 def add_critic(roles: Roles, ppo: PPOSettings) -> None:

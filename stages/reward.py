@@ -38,7 +38,7 @@ from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_preferences, load_prompts, prompt_key
 from pipeline.distributed import World, seed_everything
 from pipeline.errors import ArtifactError
-from pipeline.generation import SamplingSettings, derive_seed
+from pipeline.generation import derive_seed
 from pipeline.progress import progress
 from pipeline.records import Comparison, Text
 from pipeline.rewards import Calibration
@@ -47,6 +47,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.scoring import require_finite, score_rewards
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
+from stages.experience import sampling_settings
 from stages.gates import require_fitting_parents, reward_probe
 from stages.inputs import stage_inputs
 from stages.interruption import deferred
@@ -271,13 +272,7 @@ def calibrate(
         DivergenceError: a score is not finite.
         Interrupted: the stage was asked to stop; the answers so far are kept.
     """
-    sampling = SamplingSettings(
-        max_new_tokens=config.ppo.max_new_tokens,
-        temperature=config.ppo.temperature,
-        top_k=config.ppo.top_k,
-        top_p=config.ppo.top_p,
-        batch_size=config.ppo.generation_batch_size,
-    )
+    sampling = sampling_settings(config.ppo)
     with deferred(), progress(len(prompts), "reward calibration", "answers") as bar:
         responses = parts.answers(
             roles, "reference", prompts, sampling, seed=(config.seed, "calibration"), on_batch=bar.advance

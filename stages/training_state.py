@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Checkpoint, CheckpointFolder, load_optimizer, save_optimizer
@@ -27,6 +27,7 @@ from pipeline.kl import KLController
 from pipeline.records import Prompt
 from pipeline.roles import Roles
 from pipeline.scoring import Episode
+from pipeline.tensor_tree import save_tensors
 from stages.experience import Budgets, Experience
 from stages.update import UpdateStatistics
 
@@ -75,7 +76,7 @@ class TrainingState:
 
     def write(self, folder: Path) -> None:
         """The state that is tensors, by parameter name."""
-        self.roles.save_tensors(self.learning, folder / "roles.safetensors")
+        save_tensors(self.learning, folder / "roles.safetensors")
         save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.learning)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -249,12 +250,7 @@ class Rounds:
             "budgets": budgets.sizes,
             "terms": list(experience.terms),
         }
-
-        def write(folder: Path) -> None:
-            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(whole, folder / "round.safetensors")
-
-        self._folder.save(iteration, state, write)
+        self._folder.save(iteration, state, lambda folder: save_tensors(tensors, folder / "round.safetensors"))
 
     def exists(self, iteration: int, sampled_by: str) -> bool:
         """Whether all processes have kept that round."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
@@ -22,9 +22,9 @@ from pipeline.checkpoint import CheckpointFolder
 from pipeline.distributed import World, random_states, restore_random_states
 from pipeline.errors import DivergenceError
 from pipeline.memory_budget import MemoryBudget
-from pipeline.progress import is_main_process
+from pipeline.progress import say
 from pipeline.run_directory import StageName
-from pipeline.tensor_tree import load_tree, save_tree
+from pipeline.tensor_tree import load_tree, save_tensors, save_tree
 from stages.interruption import Interrupted, requested
 from stages.microbatches import Microbatch
 
@@ -211,9 +211,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         processes = self.world.gather([of_this_process])
 
         def write(folder: Path) -> None:
-            _save_tensors(folder / _MODEL, self.learning())
+            save_tensors(self.learning(), folder / _MODEL)
             if self._best:
-                _save_tensors(folder / _BEST, self._best)
+                save_tensors(self._best, folder / _BEST)
             save_tree(folder / _OPTIMIZER, [self.optimizer.state_dict(), self.lr_scheduler.state_dict()])
             save_tree(folder / _PROCESSES, processes)
             self.state.save_to_json(str(folder / TRAINER_STATE))
@@ -267,16 +267,6 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         learning = self.learning()
         for name, tensor in tensors.items():
             learning[name].copy_(tensor)
-
-
-def say(line: str) -> None:
-    """Print a line, once for all processes."""
-    if is_main_process():
-        print(line, flush=True)
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 @contextmanager

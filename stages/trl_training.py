@@ -21,10 +21,10 @@ from pipeline.config_file import LoadedConfig
 from pipeline.distributed import World
 from pipeline.errors import DivergenceError
 from pipeline.metrics import MetricsWriter
-from pipeline.progress import Progress, progress
+from pipeline.progress import Progress, progress, say
 from pipeline.run_directory import RunDirectory, StageName
-from stages.interruption import Interrupted, deferred, requested
-from stages.trl_trainer import TRAINER_STATE, say
+from stages.interruption import Interrupted, asked_of_any, deferred
+from stages.trl_trainer import TRAINER_STATE
 
 _NOT_A_METRIC = {"num_tokens", "eval_num_tokens", "total_flos"}
 """What TRL logs and counts from 0 again after a resume."""
@@ -95,7 +95,7 @@ class TrainingReport(TrainerCallback):  # type: ignore[misc]
         self._progress.advance()
         if state.global_step >= state.max_steps:
             control.should_log = True
-        if self._world.maximum(float(requested())):
+        if asked_of_any(self._world):
             control.should_save = self._stopping = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -646,8 +646,8 @@ TABLE = (
     ),
     Mutation(
         "a process of SFT stops alone",
-        "stages/trl_training.py",
-        "self._world.maximum(float(requested()))",
+        "stages/interruption.py",
+        "bool(world.maximum(float(requested())))",
         "requested()",
         ("tests/stages/test_trl_processes.py::test_processes_stop_together_and_go_on_to_the_same_bytes",),
     ),
@@ -805,7 +805,7 @@ TABLE = (
     Mutation(
         "a stage works without the lock",
         "stages/command.py",
-        'with directory.locked(f"the {stage} stage", warn=_say), writing(directory.root):',
+        'with directory.locked(f"the {stage} stage", warn=say), writing(directory.root):',
         "with writing(directory.root):",
         ("tests/stages/test_one_at_a_time.py::test_a_second_start_is_refused_before_anything_starts",),
     ),

@@ -68,7 +68,7 @@ OTHERS: dict[StageName, list[Stop]] = {
     ],
     "reward": [
         Stop("stages.trl_trainer:StageTrainer.training_step", 6, "after"),
-        Stop("stages.trl_trainer:_save_tensors", 1, "after"),
+        Stop("stages.trl_trainer:save_tensors", 1, "after"),
         Stop("stages.reward:as_roles"),
         Stop("stages.reward:calibrate", 1, "after"),
         Stop("stages.result:write_manifest"),
