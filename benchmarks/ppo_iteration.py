@@ -16,6 +16,7 @@ import os
 import platform
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ import torch
 from pipeline.base_model import load_base
 from pipeline.config import BaseSettings, LoraSettings, PipelineConfig, PPOSettings
 from pipeline.distributed import World, seed_everything
-from pipeline.generation import SamplingSettings
 from pipeline.kl import FixedKL
 from pipeline.memory import peak_memory_bytes, reset_peak
 from pipeline.records import Message, Origin, Prompt
 from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Roles
-from stages.experience import Budgets, Experience, collect, reward_model_scores
+from stages.experience import Budgets, Experience, collect, reward_model_scores, sampling_settings
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.round_metrics import round_metrics
 from stages.training_state import Checkpoints, Rounds, TrainingState
@@ -82,7 +82,7 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     optimizer = make_optimizer(roles, ppo)
     updater = Updater(roles, optimizer, ppo, seed=0, world=world, budgets=budgets)
     prompts = workload()
-    sampling = SamplingSettings(NEW_TOKENS, batch_size=PROMPTS, ignore_eos=True)
+    sampling = replace(sampling_settings(ppo), batch_size=PROMPTS, ignore_eos=True)
     prompt_tokens = [len(base.chat.prompt_ids(prompt.prompt)) for prompt in prompts]
     rounds = []
     reset_peak()

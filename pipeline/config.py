@@ -228,6 +228,23 @@ class GuardSettings(Section):
     """`stop` ends the stage where a bound is left, with the best policy so far."""
 
 
+class RolloutSettings(Section):
+    """How the policy samples."""
+
+    weights: Literal["auto", "merged", "adapter"] = "auto"
+    """`merged`: from a copy of the base in 16 bits (or its dtype) with the adapter merged in, which exists while it
+    samples. `adapter`: from the quantized base with the adapter on it, slower and without the copy. `auto`: merged
+    where the copy takes at most a quarter of the device's memory; but PPO's rounds on a CPU use the adapter, whose
+    log-probabilities are the trainer's own there."""
+    reuse_logprobs: bool = True
+    """Let the sampler's log-probabilities be the old ones, and with `critic: head` its values too, where a sixteenth
+    of each round's responses shows that the trainer finds the same; else a forward pass computes them again."""
+    max_logprob_gap: float = Field(0.005, ge=0)
+    """For `reuse_logprobs`: the mean absolute difference, in nats a token, up to which they are the same."""
+    batch_size: int = Field(64, ge=1)
+    """Responses that a process samples at once."""
+
+
 class PPOSettings(Section):
     """Proximal policy optimization (stage 3; Schulman et al. 2017, Ouyang et al. 2022)."""
 
@@ -248,8 +265,8 @@ class PPOSettings(Section):
     """Passes over a round's responses."""
     microbatch_tokens: int = Field(4096, ge=16)
     """Tokens (padding included) in one forward pass of a process; lower it when memory runs out."""
-    generation_batch_size: int = Field(64, ge=1)
-    """Responses that a process samples at once."""
+    rollout: RolloutSettings = RolloutSettings()
+    """How responses are sampled; the calibration of the reward model and the evaluation follow it."""
     max_prompt_tokens: int = Field(512, ge=1)
     """Longer prompts are dropped and reported."""
     max_new_tokens: int = Field(128, ge=1)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.errors import DivergenceError
-from pipeline.roles import Role, Roles
+from pipeline.roles import Role, Roles, SamplingWeights
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,26 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int = 64
+    weights: SamplingWeights = "adapter"
     ignore_eos: bool = False
     """Sample on after an EOS, so that every response has all its tokens: for benchmarks of a fixed size."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled answer. `ids` end with the first EOS if `finished`; `logprobs` has one entry a token."""
+    """One sampled answer. `ids` end with the first EOS if `finished`; `logprobs` has one entry a token.
+
+    `values` are what the value head said before each token, where it was asked.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
+    values: tuple[float, ...] = ()
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed that is a function of its parts alone: (seed, "rollout", iteration, rank, batch)."""
+    """A seed that is a function of its parts alone: (seed, "rollout", iteration, number)."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
@@ -53,6 +59,8 @@ def generate(
     sampling: SamplingSettings,
     *,
     seed: tuple[int | str, ...],
+    numbers: Sequence[int] | None = None,
+    with_values: bool = False,
     on_batch: Callable[[int], None] | None = None,
     on_token: Callable[[], None] | None = None,
 ) -> list[Response]:
@@ -63,7 +71,10 @@ def generate(
         role: whose adapter samples; None for the bare base.
         prompts: token ids, one sequence a prompt.
         sampling: how to draw.
-        seed: parts of the seed; the draw depends on nothing else. The global generators are left untouched.
+        seed: parts of the seed. A response's draws depend on them and on its number alone: neither on the responses
+            beside it, nor on the batch size, nor on the process. The global generators are left untouched.
+        numbers: of the responses under this seed; None counts from 0.
+        with_values: let the value head read the states that the tokens are drawn from.
         on_batch: told the number of responses after each batch.
         on_token: called before each token of a batch; what it raises ends the sampling.
 
@@ -71,15 +82,22 @@ def generate(
         the responses in the order of the prompts.
     """
     roles.inference_mode()
+    eos = roles.base.chat.eos_token_id
     responses: list[Response | None] = [None] * len(prompts)
+    numbers = range(len(prompts)) if numbers is None else numbers
     # Prompts of like length go together, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    devices = [roles.device] if roles.device.type == "cuda" else []
-    with torch.inference_mode(), roles.active(role), torch.random.fork_rng(devices=devices):
+    with torch.inference_mode(), roles.sampling_model(role, sampling.weights) as model:
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
-            torch.manual_seed(derive_seed(*seed, start))
-            batch = _generate_batch(roles, [prompts[index] for index in chosen], sampling, on_token)
+            sampler = _Sampler(sampling, uniforms(seed, [numbers[index] for index in chosen], sampling), on_token)
+            with _StateReader(roles) if with_values else nullcontext() as reader:
+                batch = _generate_batch(model, eos, [prompts[index] for index in chosen], sampling, sampler)
+            if reader is not None:
+                batch = [
+                    replace(response, values=tuple(values[: len(response.ids)]))
+                    for response, values in zip(batch, reader.values().tolist(), strict=True)
+                ]
             for index, response in zip(chosen, batch, strict=True):
                 responses[index] = response
             if on_batch is not None:
@@ -87,77 +105,115 @@ def generate(
     return cast(list[Response], responses)
 
 
+def uniforms(seed: tuple[int | str, ...], numbers: Sequence[int], sampling: SamplingSettings) -> Tensor:
+    """The chance in each response's tokens: [B, T] in float64, uniform on [0, 1), a row a number."""
+    rows = [
+        torch.rand(
+            sampling.max_new_tokens,
+            generator=torch.Generator().manual_seed(derive_seed(*seed, number)),
+            dtype=torch.float64,
+        )
+        for number in numbers
+    ]
+    return torch.stack(rows)
+
+
+def draw(probabilities_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """The tokens [B] at which the cumulated probabilities pass `uniforms_B` (inverse transform sampling).
+
+    Cumulated in float64, where a vocabulary's worth of additions keeps every token's share; a token of probability 0
+    is never drawn. A tenth of the time that `torch.multinomial` takes, which draws a number a token of the vocabulary.
+
+    Args:
+        probabilities_BV: not negative; rows need not sum to 1.
+        uniforms_B: in [0, 1).
+    """
+    cumulated_BV = probabilities_BV.cumsum(dim=1, dtype=torch.float64)
+    reached_B1 = uniforms_B.to(cumulated_BV)[:, None] * cumulated_BV[:, -1:]
+    return torch.searchsorted(cumulated_BV, reached_B1, right=True).squeeze(1)
+
+
 def _generate_batch(
-    roles: Roles,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingSettings,
-    on_token: Callable[[], None] | None,
+    model: Any, eos: int, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, sampler: _Sampler
 ) -> list[Response]:
-    eos = roles.base.chat.eos_token_id
     longest = max(len(prompt) for prompt in prompts)
     input_ids_BQ = torch.full((len(prompts), longest), eos, dtype=torch.long)
     mask_BQ = torch.zeros_like(input_ids_BQ)
     for row, prompt in enumerate(prompts):
         input_ids_BQ[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask_BQ[row, longest - len(prompt) :] = 1
-    recorder = _LogprobRecorder(sampling.temperature, on_token)
-    output: Any = roles.model.generate(
-        input_ids=input_ids_BQ.to(roles.device),
-        attention_mask=mask_BQ.to(roles.device),
+    output: Any = model.generate(
+        input_ids=input_ids_BQ.to(model.device),
+        attention_mask=mask_BQ.to(model.device),
         generation_config=GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
+            do_sample=False,  # the sampler has drawn when `generate` takes the likeliest
             eos_token_id=None if sampling.ignore_eos else eos,
             pad_token_id=eos,  # never read back: responses are cut at their first EOS
             use_cache=True,
         ),
-        logits_processor=LogitsProcessorList([recorder]),
+        logits_processor=LogitsProcessorList([sampler]),
     )
     ids_BT = output[:, longest:]
-    logprobs_BT = recorder.finish(ids_BT[:, -1])
     responses = []
-    for ids, logprobs in zip(ids_BT.tolist(), logprobs_BT.tolist(), strict=True):
+    for ids, logprobs in zip(ids_BT.tolist(), sampler.logprobs().tolist(), strict=True):
         finished = eos in ids and not sampling.ignore_eos
         length = ids.index(eos) + 1 if finished else len(ids)
         responses.append(Response(tuple(ids[:length]), tuple(logprobs[:length]), finished))
     return responses
 
 
-class _LogprobRecorder(LogitsProcessor):
-    """Notes each sampled token's log-probability, one step late, so that only one step's logits are kept.
+class _StateReader:
+    """Lets the value head read each state that goes into the output head for a next token."""
 
-    The logits pass through unchanged.
-    """
+    def __init__(self, roles: Roles) -> None:
+        self._roles = roles
+        self._columns: list[Tensor] = []
 
-    def __init__(self, temperature: float, on_token: Callable[[], None] | None) -> None:
-        self._temperature, self._on_token = temperature, on_token
-        self._previous_BV: Tensor | None = None
-        self._normalizer_B = torch.empty(0)
+    def __enter__(self) -> Self:
+        output_head = self._roles.base.model.get_output_embeddings()
+        self._hook = output_head.register_forward_pre_hook(self._read)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _read(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._columns.append(self._roles.head_values("value", arguments[0][:, -1]))
+
+    def values(self) -> Tensor:
+        """The value before each token: [B, T]."""
+        return torch.stack(self._columns, dim=1)
+
+
+class _Sampler(LogitsProcessor):
+    """Draws each token, leaves `generate` no other, and notes the log-probability that it had unfiltered."""
+
+    def __init__(self, sampling: SamplingSettings, uniforms_BT: Tensor, on_token: Callable[[], None] | None) -> None:
+        self._temperature, self._on_token = sampling.temperature, on_token
+        self._uniforms_TB = uniforms_BT.T
+        self._filters = LogitsProcessorList()
+        if sampling.top_k > 0:
+            self._filters.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._filters.append(TopPLogitsWarper(sampling.top_p))
         self._columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         if self._on_token is not None:
             self._on_token()
-        if self._previous_BV is not None:
-            self._record(input_ids[:, -1])
-        self._previous_BV = scores.float() / self._temperature
-        self._normalizer_B = torch.logsumexp(self._previous_BV, dim=1)
-        if not bool(self._normalizer_B.isfinite().all()):
+        logits_BV = scores.float() / self._temperature
+        normalizer_B1 = torch.logsumexp(logits_BV, dim=1, keepdim=True)
+        if not bool(normalizer_B1.isfinite().all()):
             raise DivergenceError(
                 "the logits that responses are sampled from are not finite",
                 remedy="Train with a lower learning rate; with 16 bits, try base.dtype=float32.",
             )
-        return scores
+        logprobs_BV = logits_BV - normalizer_B1
+        tokens_B1 = draw(self._filters(input_ids, logprobs_BV).exp(), self._uniforms_TB[len(self._columns)])[:, None]
+        self._columns.append(logprobs_BV.gather(1, tokens_B1).squeeze(1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B1, 0.0)
 
-    def _record(self, sampled_B: Tensor) -> None:
-        assert self._previous_BV is not None
-        chosen_B = self._previous_BV.gather(1, sampled_B[:, None]).squeeze(1)
-        self._columns.append(chosen_B - self._normalizer_B)
-
-    def finish(self, last_B: Tensor) -> Tensor:
-        """Record the last step's tokens; returns the log-probabilities [B, T]."""
-        self._record(last_B)
+    def logprobs(self) -> Tensor:
+        """Log-probability of each token that was drawn, nats: [B, T]."""
         return torch.stack(self._columns, dim=1)

@@ -19,6 +19,7 @@ from typing import Any, Literal, cast, get_args
 import bitsandbytes
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,10 +28,13 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.artifacts import Manifest, read_manifest, require_same_base
 from pipeline.base_model import Base
 from pipeline.config import LoraSettings
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.lora_arithmetic import compute_in_the_bases_arithmetic
+from pipeline.merged_model import fits, merged_copy
 from pipeline.scalar_head import RewardModel, ScalarHead, trunk_of, width_of
 from pipeline.tensor_tree import save_tensors
 
+SamplingWeights = Literal["auto", "merged", "adapter"]
 Role = Literal["policy", "reference", "reward", "value"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -152,6 +156,13 @@ class Roles:
                 self._peft.add_adapter(role, config)
         for parameter in self.parameters(role).values():
             parameter.data = parameter.data.float()
+        if isinstance(self._causal_model.get_output_embeddings(), LoraLayer):
+            raise ConfigError(
+                "the output head has an adapter, but only the trunk's layers learn here",
+                where="lora.target_modules",
+                remedy="Leave the output head (lm_head) out of it.",
+            )
+        compute_in_the_bases_arithmetic(self._peft, role)
         self._activate(role)
 
     def _load_adapter(self, role: Role, tensors: Mapping[str, Tensor], folder: Path | None) -> None:
@@ -221,6 +232,19 @@ class Roles:
         return cast(
             Tensor, trunk(input_ids=input_ids_BL, attention_mask=mask_BL.long(), use_cache=False).last_hidden_state
         )
+
+    def merges(self, weights: SamplingWeights) -> bool:
+        """Whether to sample from a merged copy: `auto` does where the copy is small beside the device's memory."""
+        return weights == "merged" or (weights == "auto" and fits(self._causal_model, self.device))
+
+    @contextmanager
+    def sampling_model(self, role: Role | None, weights: SamplingWeights) -> Iterator[PreTrainedModel | PeftModel]:
+        """The model to sample a role with: a merged copy that lives as long as the block, or the role on the base."""
+        if self.merges(weights):
+            yield merged_copy(self._causal_model, role)
+        else:
+            with self.active(role):
+                yield self.model
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The output head: hidden states [..., D] -> logits [..., V], with the architecture's own scaling."""
@@ -374,4 +398,5 @@ def reward_model_for_training(base: Base, lora: LoraSettings, start_from: Path |
     if tensors is not None:
         result = set_peft_model_state_dict(model, tensors, adapter_name="default")
         assert not result.unexpected_keys, result.unexpected_keys
+    compute_in_the_bases_arithmetic(model, "default")
     return model, reward_model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from pipeline.logprobs import TokenLogprobs, token_logprobs
 from pipeline.roles import Role, Roles
 from pipeline.scalar_head import last_token
 
-LOGIT_CHUNK_TOKENS = 512
-"""Response tokens whose logits exist at one time: 512 x 50k x 4 bytes = 100 MB."""
+Result = TypeVar("Result")
+
+LOGIT_CHUNK_TOKENS = 256
+"""Response tokens whose logits exist at one time: 256 x 50k x 4 bytes = 50 MB, thrice with gradients."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +110,31 @@ def score_logprobs(
     return _for_episodes(roles, role, episodes, max_tokens, compute)
 
 
-def score_values(roles: Roles, episodes: Sequence[Episode], *, trunk: Role, max_tokens: int) -> list[Tensor]:
-    """The critic's value before every response token, without gradients: a tensor [T] an episode.
-
-    Args:
-        trunk: whose adapter the value head reads: `value`, or `policy` for `critic: head`.
-    """
+def score_values(roles: Roles, episodes: Sequence[Episode], *, max_tokens: int) -> list[Tensor]:
+    """The value adapter's value before every response token, without gradients: a tensor [T] an episode."""
 
     def compute(hidden_BLD: Tensor, batch: EpisodeBatch) -> list[Tensor]:
         return batch.rows(head_values(roles, "value", hidden_BLD, batch))
 
-    return _for_episodes(roles, trunk, episodes, max_tokens, compute)
+    return _for_episodes(roles, "value", episodes, max_tokens, compute)
+
+
+def score_logprobs_and_values(
+    roles: Roles, episodes: Sequence[Episode], *, temperature: float, max_tokens: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probabilities under the policy, and the values of a head on its trunk (`critic: head`), from one pass.
+
+    Returns:
+        both as `score_logprobs` and `score_values` give them.
+    """
+
+    def compute(hidden_BLD: Tensor, batch: EpisodeBatch) -> list[tuple[Tensor, Tensor]]:
+        logprobs_N = policy_logprobs(roles, hidden_BLD, batch, temperature=temperature).logprobs_N
+        values_N = head_values(roles, "value", hidden_BLD, batch)
+        return list(zip(batch.rows(logprobs_N), batch.rows(values_N), strict=True))
+
+    both = _for_episodes(roles, "policy", episodes, max_tokens, compute)
+    return [logprobs_T for logprobs_T, _ in both], [values_T for _, values_T in both]
 
 
 def score_rewards(roles: Roles, sequences: Sequence[Sequence[int]], *, max_tokens: int) -> Tensor:
@@ -156,14 +173,14 @@ def _for_episodes(
     role: Role | None,
     episodes: Sequence[Episode],
     max_tokens: int,
-    compute: Callable[[Tensor, EpisodeBatch], list[Tensor]],
-) -> list[Tensor]:
-    results: list[Tensor] = [torch.empty(0)] * len(episodes)
+    compute: Callable[[Tensor, EpisodeBatch], list[Result]],
+) -> list[Result]:
+    """What `compute` finds for each episode in the trunk's states [B, L, D] of a batch, in the episodes' order."""
+    results: dict[int, Result] = {}
     roles.inference_mode()
     with torch.no_grad(), roles.active(role):
         for group in group_by_tokens([len(episode.ids) for episode in episodes], max_tokens):
             batch = batch_episodes([episodes[index] for index in group], roles.device)
             hidden_BLD = roles.hidden_states(batch.ids_BL, batch.mask_BL)
-            for index, row in zip(group, compute(hidden_BLD, batch), strict=True):
-                results[index] = row
-    return results
+            results.update(zip(group, compute(hidden_BLD, batch), strict=True))
+    return [results[index] for index in range(len(episodes))]

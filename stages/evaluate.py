@@ -98,6 +98,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         max_new_tokens=config.evaluation_max_new_tokens,
         temperature=config.evaluation_temperature,
         batch_size=config.evaluate.batch_size,
+        weights=config.ppo.rollout.weights,
     )
     parts = Parts(run.working("evaluate") / "parts", inputs_digest=digest(inputs), world=world)
     answers = {}

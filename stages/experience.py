@@ -26,11 +26,14 @@ from pipeline.masking import length_mask, whiten
 from pipeline.memory_budget import MemoryBudget
 from pipeline.records import Prompt
 from pipeline.rewards import Calibration, RewardSum
-from pipeline.roles import Role, Roles
-from pipeline.scoring import Episode, score_logprobs, score_rewards, score_values
+from pipeline.roles import Roles
+from pipeline.scoring import Episode, score_logprobs, score_logprobs_and_values, score_rewards, score_values
 from stages.interruption import stop_alone
 
 Result = TypeVar("Result")
+
+_CHECKED_ONE_IN = 16
+"""Of so many responses of a round one is scored again, to see whether the sampler computes as the trainer does."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Experience:
     """What a round has found out about its responses; everything that the update needs.
 
     `scores_B` are in reward units after clipping and penalty, `terms` the unweighted terms they come from,
-    `sampler_logprobs_BT` what the sampler said, `seconds` the time of each phase.
+    `sampler_logprobs_BT` what the sampler said, `checked_B` whose log-probabilities the trainer computed (the others
+    have the sampler's), `seconds` the time of each phase.
     """
 
     prompts: Sequence[Prompt]
@@ -49,6 +53,7 @@ class Experience:
     mask_BT: Tensor
     logprobs_BT: Tensor
     sampler_logprobs_BT: Tensor
+    checked_B: Tensor
     reference_logprobs_BT: Tensor
     values_BT: Tensor
     raw_scores_B: Tensor
@@ -63,19 +68,27 @@ class Experience:
 
 
 def sampling_settings(ppo: PPOSettings) -> SamplingSettings:
-    """How PPO's config says that responses are drawn."""
+    """How PPO's config says that responses are drawn, where nothing but the responses is wanted."""
     return SamplingSettings(
         max_new_tokens=ppo.max_new_tokens,
         temperature=ppo.temperature,
         top_k=ppo.top_k,
         top_p=ppo.top_p,
-        batch_size=ppo.generation_batch_size,
+        batch_size=ppo.rollout.batch_size,
+        weights=ppo.rollout.weights,
     )
 
 
-def value_trunk(ppo: PPOSettings) -> Role:
-    """Whose hidden states the value head reads."""
-    return "value" if ppo.critic == "adapter" else "policy"
+def round_sampling(ppo: PPOSettings, device: torch.device) -> SamplingSettings:
+    """How a round's responses are drawn.
+
+    On a CPU the sampler with the adapter computes what the trainer computes, almost bit for bit: a forward pass less
+    is worth more than the speed of a merged copy.
+    """
+    sampling = sampling_settings(ppo)
+    if sampling.weights == "auto" and ppo.rollout.reuse_logprobs and device.type == "cpu":
+        return replace(sampling, weights="adapter")
+    return sampling
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class Budgets:
         """As the settings say."""
         return cls(
             MemoryBudget("ppo.microbatch_tokens", ppo.microbatch_tokens, say),
-            MemoryBudget("ppo.generation_batch_size", ppo.generation_batch_size, say),
+            MemoryBudget("ppo.rollout.batch_size", ppo.rollout.batch_size, say),
         )
 
     @property
@@ -139,11 +152,15 @@ def reward_model_scores(
 
 @dataclass(frozen=True)
 class Answers:
-    """Sampled and scored responses. `scores_B` are in reward units after clipping and penalty."""
+    """Sampled and scored responses. `scores_B` are in reward units after clipping and penalty.
+
+    `sampler_values` are those of a head on the policy's trunk; empty rows for another critic.
+    """
 
     completions: Sequence[str]
     episodes: Sequence[Episode]
     sampler_logprobs: Sequence[Sequence[float]]
+    sampler_values: Sequence[Sequence[float]]
     finished_B: Tensor
     raw_scores_B: Tensor
     scores_B: Tensor
@@ -161,13 +178,15 @@ def answer(
     world: World,
     budgets: Budgets,
     sampling: SamplingSettings,
+    with_values: bool = False,
 ) -> Answers:
     """Let the policy answer this process's prompts, and score the answers.
 
     Args:
-        prompts: one entry a response (a prompt that is answered twice stands twice).
-        seed: parts that the draws follow from.
+        prompts: one entry a response (a prompt that is answered twice stands twice); as many in every process.
+        seed: parts that the draws follow from; a response's number among those of all processes is added.
         sampling: how to draw; its batch size is `budgets`' to say.
+        with_values: let the value head read the policy's states as it samples.
 
     Raises:
         RewardFunctionError: a reward function failed.
@@ -183,12 +202,14 @@ def answer(
             prompt_ids,
             replace(sampling, batch_size=size),
             seed=seed,
+            with_values=with_values,
+            numbers=range(world.rank * len(prompts), (world.rank + 1) * len(prompts)),
             on_token=lambda: stop_alone(world),
         ),
         smallest=1,
         whole=len(prompts),
         remedy=f"One response does not fit: lower ppo.max_new_tokens to {sampling.max_new_tokens // 2}, or"
-        " ppo.max_prompt_tokens.",
+        " ppo.max_prompt_tokens, or set ppo.rollout.weights=adapter.",
     )
     episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
     sampled = time.monotonic()
@@ -202,6 +223,7 @@ def answer(
         completions,
         episodes,
         [response.logprobs for response in responses],
+        [response.values for response in responses],
         finished_B,
         raw_scores_B,
         scores_B,
@@ -249,7 +271,8 @@ def collect(
         seed=seed,
         world=world,
         budgets=budgets,
-        sampling=sampling or sampling_settings(ppo),
+        sampling=sampling or round_sampling(ppo, device),
+        with_values=ppo.rollout.reuse_logprobs and ppo.critic == "head",
     )
     episodes = found.episodes
 
@@ -262,20 +285,13 @@ def collect(
     mask_BT = length_mask(lengths_B, size)
     lengths = [len(episode.ids) for episode in episodes]
 
-    def logprobs(role: Role) -> Tensor:
-        return as_rows(
-            budgets.fit_sequences(
-                lengths,
-                lambda most: score_logprobs(roles, role, episodes, temperature=ppo.temperature, max_tokens=most),
-            )
-        )
-
-    logprobs_BT, reference_BT = logprobs("policy"), logprobs("reference")
-    values_BT = as_rows(
-        budgets.fit_sequences(
-            lengths, lambda most: score_values(roles, episodes, trunk=value_trunk(ppo), max_tokens=most)
-        )
+    logprobs, values, checked_B = _policy_opinions(roles, found, ppo, world, budgets)
+    reference = budgets.fit_sequences(
+        lengths, lambda most: score_logprobs(roles, "reference", episodes, temperature=ppo.temperature, max_tokens=most)
     )
+    if ppo.critic == "adapter":
+        values = budgets.fit_sequences(lengths, lambda most: score_values(roles, episodes, max_tokens=most))
+    logprobs_BT, reference_BT, values_BT = as_rows(logprobs), as_rows(reference), as_rows(values)
     _require_finite(
         world, policy_logprobs=logprobs_BT, reference_logprobs=reference_BT, values=values_BT, scores=found.scores_B
     )
@@ -300,6 +316,7 @@ def collect(
         mask_BT=mask_BT,
         logprobs_BT=logprobs_BT,
         sampler_logprobs_BT=as_rows([torch.tensor(row, device=device) for row in found.sampler_logprobs]),
+        checked_B=checked_B,
         reference_logprobs_BT=reference_BT,
         values_BT=values_BT,
         raw_scores_B=found.raw_scores_B,
@@ -315,6 +332,51 @@ def collect(
             "score": time.monotonic() - started - found.rollout_seconds,
         },
     )
+
+
+def _policy_opinions(
+    roles: Roles, found: Answers, ppo: PPOSettings, world: World, budgets: Budgets
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The policy's log-probabilities, a row a response; with `critic: head` the values of its head too.
+
+    What the sampler said is taken where the trainer finds the same for some of the responses.
+
+    Returns:
+        log-probabilities, values (empty rows for a critic of its own), and whose the trainer computed: [B].
+    """
+    device, count = roles.device, len(found.episodes)
+    logprobs = [torch.tensor(row, device=device) for row in found.sampler_logprobs]
+    values = [torch.tensor(row, device=device) for row in found.sampler_values]
+    checked_B = torch.zeros(count, dtype=torch.bool)
+
+    def compute(numbers: Sequence[int]) -> float:
+        """Let the trainer compute some of the rows; returns how far off they were, in nats."""
+        chosen = [found.episodes[number] for number in numbers]
+        score = score_logprobs_and_values if ppo.critic == "head" else _score_logprobs_alone
+        pairs = budgets.fit_sequences(
+            [len(episode.ids) for episode in chosen],
+            lambda most: score(roles, chosen, temperature=ppo.temperature, max_tokens=most),
+        )
+        gaps = []
+        for number, logprobs_T, values_T in zip(numbers, *pairs, strict=True):
+            gaps.append((logprobs[number] - logprobs_T).abs())
+            logprobs[number], values[number] = logprobs_T, values_T
+        checked_B[list(numbers)] = True
+        return float(torch.cat(gaps).mean())
+
+    few = -(-count // _CHECKED_ONE_IN) if ppo.rollout.reuse_logprobs else 0
+    if few and world.maximum(compute(range(few))) <= ppo.rollout.max_logprob_gap:
+        return logprobs, values, checked_B
+    if few < count:
+        compute(range(few, count))
+    return logprobs, values, checked_B
+
+
+def _score_logprobs_alone(
+    roles: Roles, episodes: Sequence[Episode], *, temperature: float, max_tokens: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    logprobs = score_logprobs(roles, "policy", episodes, temperature=temperature, max_tokens=max_tokens)
+    return logprobs, [torch.empty(0)] * len(episodes)
 
 
 def _require_finite(world: World, **tensors: Tensor) -> None:

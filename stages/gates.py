@@ -6,6 +6,7 @@ Each one is a silent failure of some well-known trainer. They use a few of the r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from pipeline.artifacts import BaseIdentity, Manifest, read_manifest, require_same_base
 from pipeline.config import PipelineConfig, PPOSettings
 from pipeline.errors import StartupGateError
-from pipeline.generation import SamplingSettings, generate
+from pipeline.generation import generate
 from pipeline.records import Prompt
 from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory, StageName
 from pipeline.scoring import Episode, batch_episodes, score_logprobs, score_rewards
+from stages.experience import sampling_settings
 from stages.inputs import parents_of
 
 _PROMPTS = 4
@@ -44,7 +46,7 @@ def check_startup(
     _check_trainable(roles)
     chat = roles.base.chat
     prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts[:_PROMPTS]]
-    sampling = SamplingSettings(min(_NEW_TOKENS, ppo.max_new_tokens), temperature=ppo.temperature)
+    sampling = replace(sampling_settings(ppo), max_new_tokens=min(_NEW_TOKENS, ppo.max_new_tokens))
     responses = generate(roles, "policy", prompt_ids, sampling, seed=(seed, "gates"))
     episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
 

@@ -91,9 +91,10 @@ def _settings(stage: StageName, config: PipelineConfig) -> dict[str, Any]:
         sections["lora"] = config.lora.model_dump(mode="json")
     if stage in ("reward", "evaluate"):
         keys = ["max_new_tokens", "temperature", "top_k", "top_p", "max_prompt_tokens"]
-        # Answers that are sampled together share a seed; the evaluation has a batch size of its own.
-        keys += ["generation_batch_size"] if stage == "reward" else []
         sections["sampling"] = {key: getattr(config.ppo, key) for key in keys}
+        # The evaluation has a batch size of its own.
+        rollout = config.ppo.rollout.model_dump(mode="json", exclude={"batch_size"} if stage == "evaluate" else None)
+        sections["sampling"]["rollout"] = rollout
     if stage == "ppo":
         for entry, source in zip(sections["ppo"]["rewards"], config.ppo.rewards, strict=True):
             entry["function"] = source.function and function_digest(source.function)

@@ -459,7 +459,7 @@ def _rebuild(
 _LESS_MEMORY = {
     "sft": "Lower sft.microbatch_size or sft.max_length.",
     "reward": "Lower reward.microbatch_size or reward.max_length.",
-    "ppo": "Lower ppo.microbatch_tokens or ppo.generation_batch_size.",
+    "ppo": "Lower ppo.microbatch_tokens or ppo.rollout.batch_size.",
     "evaluate": "Lower evaluate.batch_size.",
 }
 

@@ -99,7 +99,8 @@ class Parts:
         batches = batches_of([len(prompt) for prompt in prompts], sampling.batch_size)
 
         def sample(batch: Sequence[int]) -> list[Any]:
-            responses = generate(roles, role, [prompts[index] for index in batch], sampling, seed=(*seed, batch[0]))
+            chosen = [prompts[index] for index in batch]
+            responses = generate(roles, role, chosen, sampling, seed=seed, numbers=batch)
             return [[response.ids, response.finished] for response in responses]
 
         found = self.compute(f"answers-{role}", batches, sample, on_batch)

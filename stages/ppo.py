@@ -144,7 +144,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                         asked,
                         ppo,
                         kl_coefficient=state.kl.coefficient,
-                        seed=(config.seed, "rollout", iteration, world.rank),
+                        seed=(config.seed, "rollout", iteration),
                         world=world,
                         budgets=budgets,
                     )

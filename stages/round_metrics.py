@@ -20,6 +20,7 @@
 | response/repetition | mean share of a response's 3-grams that it has said before | 0..1 |
 | response/score_length_correlation | Pearson's r of score and length | -1..1 |
 | sampler/logprob_gap_mean, _max | absolute difference of the sampler's log-probabilities from the trainer's | nats |
+| sampler/checked | share of the responses that this was measured on; the others' were taken from the sampler | 0..1 |
 | update/first_ratio_error | largest distance of the ratio from 1 before the first step | |
 | held_out/score, kl, length | the policy on held-out prompts, where it was measured | reward, nats, tokens |
 | seconds/rollout, score, update, total; tokens/per_second; memory/peak_mb | | s, tokens/s, MB |
@@ -61,7 +62,9 @@ def round_metrics(
         return float(world.sum(values_B.double().sum().cpu())) / responses
 
     k1_B = masked_sum(experience.kl_BT, mask_BT, dim=1).cpu()
+    checked_BT = mask_BT & experience.checked_B.to(mask_BT.device)[:, None]
     gap_BT = (experience.logprobs_BT - experience.sampler_logprobs_BT).abs()
+    checked = float(world.sum(checked_BT.sum().double().cpu()))
     tokens = float(world.sum(mask_BT.sum().double().cpu()))
     lengths = world.gather([len(episode.response) for episode in experience.episodes])
     scores = world.gather(experience.scores_B.tolist())
@@ -84,8 +87,9 @@ def round_metrics(
             torch.tensor([repetition(episode.response) for episode in experience.episodes])
         ),
         "response/score_length_correlation": correlation(scores, [float(length) for length in lengths]),
-        "sampler/logprob_gap_mean": float(world.sum(masked_sum(gap_BT, mask_BT).double().cpu())) / tokens,
-        "sampler/logprob_gap_max": world.maximum(float(torch.where(mask_BT, gap_BT, 0).max())),
+        "sampler/logprob_gap_mean": float(world.sum(masked_sum(gap_BT, checked_BT).double().cpu())) / checked,
+        "sampler/logprob_gap_max": world.maximum(float(torch.where(checked_BT, gap_BT, 0).max())),
+        "sampler/checked": mean_over_responses(experience.checked_B.float()),
         "seconds/total": total_seconds,
         "tokens/per_second": tokens / total_seconds,
         "memory/peak_mb": world.maximum(peak_memory_bytes() / 1e6),

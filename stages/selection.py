@@ -48,7 +48,7 @@ def measure_held_out(
         rewards,
         mine,
         ppo,
-        seed=(seed, "held out", world.rank),
+        seed=(seed, "held out"),
         world=world,
         budgets=budgets,
         sampling=sampling_settings(ppo),

@@ -289,5 +289,5 @@ class Rounds:
         return found
 
 
-_ON_CPU = {"finished_B", "raw_scores_B", "scores_B"}
+_ON_CPU = {"checked_B", "finished_B", "raw_scores_B", "scores_B"}
 """Where `collect` leaves them."""

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,24 @@ def one_step(folder: Path, critic: str) -> tuple[dict[str, Tensor], dict[str, Te
     return seen[0], {**found.parameters("policy"), **found.parameters("value")}, metrics
 
 
+@contextmanager
+def recorded_rounds() -> Iterator[list[list[list[int]]]]:
+    """What this process samples in PPO's rounds: a list a round, of the responses' ids."""
+    rounds: list[list[list[int]]] = []
+    own = ppo.collect
+
+    def collect(*args: Any, **named: Any) -> Any:
+        found = own(*args, **named)
+        rounds.append([list(episode.response) for episode in found.episodes])
+        return found
+
+    ppo.collect = collect
+    try:
+        yield rounds
+    finally:
+        ppo.collect = own
+
+
 def main(folder: Path) -> None:
     world = World()
     torch.set_num_threads(1)
@@ -73,12 +93,10 @@ def main(folder: Path) -> None:
     # Whole stages; the parents lie ready.
     loaded = load_config(folder / "stage" / "tiny.yaml", SETTINGS)
     run = RunDirectory.open(loaded)
-    seeds = []
-    own = ppo.collect
-    ppo.collect = lambda *args, **named: (seeds.append(named["seed"]), own(*args, **named))[1]
-    stages = {"ppo": ppo.run(loaded, run).digest, "evaluate": evaluate.run(loaded, run).digest}
+    with recorded_rounds() as rounds:
+        stages = {"ppo": ppo.run(loaded, run).digest, "evaluate": evaluate.run(loaded, run).digest}
     (folder / f"stages-{world.rank}.json").write_text(json.dumps(stages))
-    (folder / f"seeds-{world.rank}.json").write_text(json.dumps(seeds))
+    (folder / f"rounds-{world.rank}.json").write_text(json.dumps(rounds))
 
     # One process is asked to stop in the midst of an iteration: both stop there, and both go on from there.
     again = load_config(folder / "stage" / "tiny.yaml", [*SETTINGS, f"run_dir={folder / 'again'}"])

@@ -15,7 +15,7 @@ from tiny_ppo import favour_token, perturb, policy_roles, sharp_base, tiny_round
 from torch import Tensor
 
 from pipeline.chat import ChatFormat
-from pipeline.generation import Response, SamplingSettings, derive_seed, generate
+from pipeline.generation import Response, SamplingSettings, derive_seed, draw, generate
 from pipeline.roles import Role, Roles
 from pipeline.scoring import Episode, score_logprobs
 
@@ -151,6 +151,43 @@ def test_draws_follow_from_the_seed_alone(tmp_path):
     assert draw(0, "rollout", 3, 1) == wanted
     others = [draw(1, "rollout", 3, 1), draw(0, "rollout", 4, 1), draw(0, "rollout", 3, 0), draw(0, "gates", 3, 1)]
     assert wanted not in others and len(set(map(tuple, others))) == 4
+
+
+def test_a_response_does_not_depend_on_those_beside_it(tmp_path):
+    """Nor on the batch size, so that a batch which is halved for lack of memory gives the same answers."""
+    roles = policy_roles(sharp_base(tmp_path))
+    perturb(roles, "policy", 0.3)
+    prompts = PROMPTS * 3
+
+    def ids(batch_size: int, chosen: list[int]) -> list[tuple[int, ...]]:
+        sampling = SamplingSettings(max_new_tokens=6, batch_size=batch_size)
+        found = generate(roles, "policy", [prompts[index] for index in chosen], sampling, seed=SEED, numbers=chosen)
+        return [response.ids for response in found]
+
+    everything = list(range(len(prompts)))
+    wanted = ids(64, everything)
+    assert len(set(wanted)) > len(PROMPTS), "the same prompt is answered differently under another number"
+    assert ids(4, everything) == wanted
+    assert ids(64, [13, 2, 7]) == [wanted[index] for index in (13, 2, 7)]
+    assert wanted == [found.ids for found in generate(roles, "policy", prompts, SamplingSettings(6), seed=SEED)]
+
+
+def test_a_token_that_cannot_be_said_is_never_drawn():
+    """The ends of the interval are where it could be."""
+    probabilities_BV = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).repeat(4, 1)
+    uniforms_B = torch.tensor([0.0, 0.25, 0.24999999, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probabilities_BV, uniforms_B).tolist() == [1, 3, 1, 3]
+
+
+def test_every_token_of_a_large_vocabulary_keeps_its_share():
+    """After a likely token, the unlikely ones are small steps on a large sum."""
+    size = 200_000
+    probabilities_BV = torch.full((1, size), 1e-9)
+    probabilities_BV[0, 0] = 1 - size * 1e-9
+    total = float(probabilities_BV.double().sum())
+    for token in (1, 777, 123_456, size - 1):
+        middle = (float(probabilities_BV[0, 0]) + (token - 0.5) * float(torch.tensor(1e-9))) / total
+        assert draw(probabilities_BV, torch.tensor([middle], dtype=torch.float64)).tolist() == [token]
 
 
 def test_seeds_of_different_parts_differ():

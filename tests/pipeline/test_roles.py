@@ -91,7 +91,9 @@ def test_nothing_learns_where_nothing_is_declared(tmp_path):
 
 def test_no_role_is_the_bare_base_and_the_reference_is_not(tmp_path):
     roles = policy_roles(loaded_tiny_base(tmp_path))
-    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "llama-base", dtype=torch.float32)
+    bare = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "llama-base", dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         wanted = bare(input_ids=IDS_BL).logits
     assert torch.equal(logits_of(roles, None), wanted)
@@ -269,8 +271,10 @@ def test_a_saved_adapter_is_a_plain_peft_adapter(tmp_path, architecture, tied):
     classifier.config.pad_token_id = 0  # occurs in no sequence; without one it takes a single sequence only
     classifier = PeftModel.from_pretrained(classifier, tmp_path / "reward").eval()
     with torch.no_grad():
-        assert torch.equal(plain(input_ids=IDS_BL, attention_mask=MASK_BL.long()).logits, wanted)
+        found = plain(input_ids=IDS_BL, attention_mask=MASK_BL.long()).logits
         found_B = classifier(input_ids=IDS_BL, attention_mask=MASK_BL.long()).logits.squeeze(-1)
+    # PEFT adds the adapter's product in two steps and attends with SDPA: the last bits of float32 may differ.
+    assert torch.allclose(found, wanted, atol=2e-6)
     assert torch.allclose(found_B, scores_B, atol=1e-6)
 
 

@@ -13,7 +13,13 @@ from tiny_ppo import LORA, perturb, policy_roles, ppo_roles, sharp_base
 from pipeline import scoring
 from pipeline.records import Comparison, Message, Origin
 from pipeline.roles import Roles, reward_model_for_training
-from pipeline.scoring import Episode, score_logprobs, score_rewards, score_values
+from pipeline.scoring import (
+    Episode,
+    score_logprobs,
+    score_logprobs_and_values,
+    score_rewards,
+    score_values,
+)
 
 EPISODES = [
     Episode((5, 6, 7), (8, 9, 10, 258)),
@@ -52,7 +58,7 @@ def test_logprobs_are_those_of_the_full_logits(tmp_path, architecture, temperatu
 def test_values_stand_before_each_response_token(tmp_path, architecture):
     roles = ppo_roles(loaded_tiny_base(tmp_path, architecture))
     perturb(roles, "value")
-    found = score_values(roles, EPISODES, trunk="value", max_tokens=64)
+    found = score_values(roles, EPISODES, max_tokens=64)
     weight_D, bias = roles.heads["value"].weight.detach()[0].double(), float(roles.heads["value"].bias.detach())
     for episode, found_T in zip(EPISODES, found, strict=True):
         hidden_LD = hidden(roles, "value", episode.ids).double()
@@ -81,7 +87,7 @@ def test_the_microbatch_budget_changes_nothing(tmp_path, max_tokens):
     def everything(budget: int) -> list[torch.Tensor]:
         return [
             *score_logprobs(roles, "policy", EPISODES, temperature=1.0, max_tokens=budget),
-            *score_values(roles, EPISODES, trunk="value", max_tokens=budget),
+            *score_values(roles, EPISODES, max_tokens=budget),
             score_rewards(roles, [episode.ids for episode in EPISODES], max_tokens=budget),
         ]
 
@@ -110,7 +116,7 @@ def test_prompt_positions_get_no_logits(tmp_path, monkeypatch):
     assert sum(rows) == sum(len(episode.response) for episode in EPISODES)
     assert max(rows) == 5
     rows.clear()
-    score_values(roles, EPISODES, trunk="value", max_tokens=10_000)
+    score_values(roles, EPISODES, max_tokens=10_000)
     score_rewards(roles, [episode.ids for episode in EPISODES], max_tokens=10_000)
     assert rows == []
 
@@ -153,3 +159,20 @@ def test_the_same_pair_gets_the_same_score_in_both_stages(tmp_path, quantization
     roles.add_weights("reward", tmp_path / "reward")
     assert torch.equal(score_rewards(roles, sequences, max_tokens=64), trained_B)
     assert float((trained_B[0] - trained_B[1]).abs()) > 1e-3
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_one_pass_gives_logprobs_and_a_heads_values_as_two_do(tmp_path, quantization):
+    """The values are checked against the trunk's states, one sequence at a time."""
+    roles = ppo_roles(loaded_tiny_base(tmp_path, quantization=quantization), critic="head")
+    perturb(roles, "policy", 0.1)
+    perturb(roles, "value")
+    logprobs, values = score_logprobs_and_values(roles, EPISODES, temperature=0.9, max_tokens=40)
+    for found_T, wanted_T in zip(
+        logprobs, score_logprobs(roles, "policy", EPISODES, temperature=0.9, max_tokens=40), strict=True
+    ):
+        assert torch.equal(found_T, wanted_T)
+    weight_D, bias = roles.heads["value"].weight.detach()[0], float(roles.heads["value"].bias.detach())
+    for episode, found_T in zip(EPISODES, values, strict=True):
+        states_LD = hidden(roles, "policy", episode.ids)[len(episode.prompt) - 1 : -1]
+        assert torch.allclose(found_T, states_LD @ weight_D + bias, atol=1e-5)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import pvariance
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from tiny_ppo import (
 from pipeline.artifacts import read_manifest
 from pipeline.base_model import fingerprint, load_base
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.config import PPOSettings
+from pipeline.config import PPOSettings, RolloutSettings
 from pipeline.config_file import LoadedConfig, load_config
 from pipeline.errors import (
     BaseModelError,
@@ -47,6 +48,7 @@ from pipeline.metrics import read_metrics
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
+from stages import experience as experience_module
 from stages import ppo
 from stages.inputs import find_current
 from stages.round_metrics import correlation, repetition, round_metrics
@@ -63,9 +65,66 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 # ---- the round
 
 
+@BOTH_CRITICS
+@pytest.mark.parametrize("weights", ["adapter", "merged"])
+def test_the_samplers_figures_are_the_trainers_where_they_are_reused(tmp_path, critic, weights):
+    """Log-probabilities, and the values of a head on the policy: what a forward pass would find again."""
+
+    def collected(**rollout: Any) -> tuple[Any, list[int]]:
+        settings = RolloutSettings.model_validate({"weights": weights, **rollout})
+        found = tiny_round(sharp_base(tmp_path), critic=critic, rollout=settings)
+        perturb(found.roles, "policy", 0.1)
+        perturb(found.roles, "value", 0.1)
+        favour_token(found.roles, found.roles.base.chat.eos_token_id, 3.0)
+        sizes: list[int] = []
+        own = found.roles.hidden_states
+        found.roles.hidden_states = lambda ids_BL, mask_BL: sizes.append(len(ids_BL)) or own(ids_BL, mask_BL)
+        return found.collect(), sizes
+
+    wanted, all_sizes = collected(reuse_logprobs=False)
+    experience, sizes = collected()
+    assert experience.episodes == wanted.episodes and set(wanted.finished_B.tolist()) == {True, False}
+    assert wanted.checked_B.all() and experience.checked_B.tolist() == [True] + [False] * 7
+    for name in ("logprobs_BT", "values_BT", "advantages_BT", "returns_BT", "kl_BT"):
+        assert torch.allclose(getattr(experience, name), getattr(wanted, name), atol=2e-3), name
+    assert torch.equal(experience.logprobs_BT[1:], experience.sampler_logprobs_BT[1:])
+    assert sum(all_sizes) - sum(sizes) == 7, "a forward pass of seven responses less"
+
+
+@BOTH_CRITICS
+def test_where_the_sampler_says_otherwise_the_trainer_computes_everything(tmp_path, critic, monkeypatch):
+    own = experience_module.generate
+
+    def off(*args: Any, **named: Any) -> Any:
+        found = own(*args, **named)
+        return [replace(one, logprobs=tuple(value - 0.01 for value in one.logprobs)) for one in found]
+
+    monkeypatch.setattr(experience_module, "generate", off)
+    found = tiny_round(sharp_base(tmp_path), critic=critic)
+    experience = found.collect()
+    plain = tiny_round(sharp_base(tmp_path), critic=critic, rollout=RolloutSettings(reuse_logprobs=False)).collect()
+    assert experience.checked_B.all()
+    assert torch.allclose(experience.logprobs_BT, plain.logprobs_BT, atol=1e-5)
+    assert torch.allclose(experience.values_BT, plain.values_BT, atol=1e-5)
+    statistics = found.updater.update(experience, 0, critic_only=False)
+    figures = round_metrics(experience, statistics, kl_coefficient=0.05, world=found.world)
+    assert figures["sampler/logprob_gap_mean"] == pytest.approx(0.01, rel=0.01) and figures["sampler/checked"] == 1
+
+
+def test_each_round_draws_anew(tmp_path, monkeypatch):
+    loaded = tiny_config(tmp_path, "base.quantization=none", "ppo.iterations=3")
+    publish_reward(loaded, publish_sft(loaded))
+    seeds = []
+    own = ppo.collect
+    monkeypatch.setattr(ppo, "collect", lambda *args, **named: (seeds.append(named["seed"]), own(*args, **named))[1])
+    ppo.run(loaded, RunDirectory.open(loaded))
+    assert len(set(seeds)) == 3
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_the_first_round_has_no_kl_and_a_ratio_of_1(tmp_path, quantization):
-    found = tiny_round(loaded_tiny_base(tmp_path, quantization=quantization), temperature=0.9)
+    base = loaded_tiny_base(tmp_path, quantization=quantization)
+    found = tiny_round(base, temperature=0.9, rollout=RolloutSettings(reuse_logprobs=False))
     experience = found.collect()
     assert not experience.kl_BT.any() and not experience.kl_k3_BT.any()
     statistics = found.updater.update(experience, 0, critic_only=False)
@@ -250,8 +309,7 @@ def test_only_response_tokens_get_logits(tmp_path):
     own = found.roles.logits
     found.roles.logits = lambda hidden: rows.append(hidden.shape[0]) or own(hidden)  # type: ignore[func-returns-value,method-assign]
     found.updater.update(experience, 0, critic_only=False)
-    # Once in the forward pass, once where the backward pass recomputes them.
-    assert sum(rows) == 2 * int(experience.mask_BT.sum())
+    assert sum(rows) == int(experience.mask_BT.sum())
 
 
 def test_learning_rates_are_each_roles_own_and_fall(tmp_path):
@@ -328,7 +386,8 @@ def test_metrics_count_real_tokens_and_nothing_else(tmp_path):
     assert len(set(lengths)) > 2
     real = [(row, t) for row, length in enumerate(lengths) for t in range(length)]
     ours, theirs = experience.logprobs_BT, experience.reference_logprobs_BT
-    gaps = [abs(float(ours[place] - experience.sampler_logprobs_BT[place])) for place in real]
+    checked = [place for place in real if experience.checked_B[place[0]]]
+    gaps = [abs(float(ours[place] - experience.sampler_logprobs_BT[place])) for place in checked]
     k1 = sum(float(ours[place] - theirs[place]) for place in real) / 8
     k3 = sum(math.expm1(float(theirs[place] - ours[place])) + float(ours[place] - theirs[place]) for place in real) / 8
     entropies = []
@@ -352,6 +411,7 @@ def test_metrics_count_real_tokens_and_nothing_else(tmp_path):
     assert metrics["value/loss"] == pytest.approx(sum(error**2 for error in errors) / 2 / len(real), rel=1e-3)
     assert metrics["sampler/logprob_gap_mean"] == pytest.approx(sum(gaps) / len(gaps))
     assert metrics["sampler/logprob_gap_max"] == pytest.approx(max(gaps))
+    assert metrics["sampler/checked"] == 1 / 8 and 0 < len(checked) < len(real)
     assert metrics["response/length_mean"] == sum(lengths) / 8
     assert metrics["response/eos_rate"] == float(experience.finished_B.float().mean())
     seconds = sum(metrics[f"seconds/{phase}"] for phase in ("rollout", "score", "update"))
@@ -513,8 +573,9 @@ def test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be(tmp_pa
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert [name for name in (*METRICS, "score/model") if row.get(name) is None] == []
-    assert rows[0]["kl/policy_reference_k1"] == 0.0 and rows[1]["kl/policy_reference_k1"] != 0.0
-    assert rows[0]["kl/policy_reference_k3"] == 0.0 < rows[1]["kl/policy_reference_k3"]
+    first, second = (abs(row["kl/policy_reference_k1"]) for row in rows)
+    assert first < 1e-5 < 1e-4 < second
+    assert rows[0]["kl/policy_reference_k3"] < 1e-9 < rows[1]["kl/policy_reference_k3"]
     assert all(row["update/first_ratio_error"] < 1e-5 for row in rows)
     assert all(row["sampler/logprob_gap_max"] < 1e-4 for row in rows)
     samples = run.metrics("ppo").with_name("ppo_samples.jsonl").read_text().splitlines()

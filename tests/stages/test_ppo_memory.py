@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import loaded_tiny_base, tiny_config
 from tiny_ppo import Round, tiny_round
+from transformers import GenerationMixin
 
 from pipeline.distributed import World
 from pipeline.errors import OutOfMemoryError
@@ -88,17 +89,18 @@ def test_scoring_with_too_little_memory_gives_the_same_round(tmp_path, monkeypat
 
 def test_sampling_with_too_little_memory_takes_fewer_responses_at_once(tmp_path, monkeypatch):
     found = tiny_round(loaded_tiny_base(tmp_path))
-    own, seen = found.roles.model.generate, []
+    found.budgets.responses.size = 8
+    expected = found.collect()
+    own, seen = GenerationMixin.generate, []
 
-    def limited(*args: Any, **named: Any) -> Any:
+    def limited(model: Any, **named: Any) -> Any:
         seen.append(len(named["input_ids"]))
         if len(named["input_ids"]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return own(*args, **named)
+        return own(model, **named)
 
-    monkeypatch.setattr(found.roles.model, "generate", limited)
-    found.budgets.responses.size = 8
-    assert len(found.collect().episodes) == 8
+    monkeypatch.setattr(GenerationMixin, "generate", limited)
+    assert found.collect().episodes == expected.episodes, "they are the same responses"
     assert seen == [8, 4, 2, 2, 2, 2]
 
 
@@ -118,7 +120,7 @@ def test_one_sequence_that_does_not_fit_says_what_to_lower_and_by_how_much(tmp_p
 
 
 def test_a_lowered_budget_is_part_of_the_checkpoint(tmp_path):
-    config = tiny_config(tmp_path / "config", "ppo.generation_batch_size=16").config
+    config = tiny_config(tmp_path / "config", "ppo.rollout.batch_size=16").config
 
     def fresh(name: str) -> TrainingState:
         found = tiny_round(loaded_tiny_base(tmp_path / name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import combinations
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from pipeline.artifacts import read_manifest
 from pipeline.config_file import load_config
 from pipeline.metrics import read_metrics
 from pipeline.run_directory import RunDirectory
-from stages import evaluate
+from stages import evaluate, ppo
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,20 @@ def test_an_evaluation_of_one_process_gives_the_bytes_of_two(folder):
     assert dict(one.files) == dict(both.files) and one.metrics == both.metrics and one.metrics["n"] == 8
 
 
-def test_each_process_draws_with_a_seed_of_its_own_in_each_round(folder):
-    seeds = [tuple(seed) for rank in (0, 1) for seed in json.loads((folder / f"seeds-{rank}.json").read_text())]
-    assert len(seeds) == len(set(seeds)) == 4
+def test_two_processes_sample_together_what_one_does(folder):
+    """A response follows from the seed, the round and its number, not from the process or the batch."""
+    first, second = (json.loads((folder / f"rounds-{rank}.json").read_text()) for rank in (0, 1))
+    rounds = [first[0], first[1], second[0], second[1]]
+    assert all(len(responses) > 1 for responses in rounds)
+    assert all(one != other for one, other in combinations(rounds, 2))
+    settings = [setting for setting in two_processes.SETTINGS if not setting.startswith("launch.")]
+    settings += [f"run_dir={folder / 'alone'}", "ppo.iterations=1"]
+    loaded = load_config(folder / "stage" / "tiny.yaml", settings)
+    for parent in ("sft", "reward"):
+        shutil.copytree(folder / "stage" / "run" / parent, folder / "alone" / parent)
+    with two_processes.recorded_rounds() as alone:
+        ppo.run(loaded, RunDirectory.open(loaded))
+    assert alone == [first[0] + second[0]]
 
 
 def test_both_stop_where_one_is_asked_to_and_go_on_to_the_same_result(folder):

@@ -66,7 +66,7 @@ def test_the_held_out_figures_are_means_over_the_answers(tmp_path) -> None:
         found.rewards,
         prompts(8)[-5:],
         found.ppo,
-        seed=(3, "held out", 0),
+        seed=(3, "held out"),
         sampling=sampling_settings(found.ppo),
         **named,
     )

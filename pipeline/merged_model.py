@@ -1,0 +1,102 @@
+"""A 16-bit copy of the base with one adapter merged in, for sampling: W' = W + s B A, dequantized.
+
+Decoding takes one token a sequence through every layer: over a quantized base most of its time goes into dequantizing
+each weight for each token, and into the adapter's small products. The copy has neither. It exists while it samples,
+shares whatever no adapter changes (embeddings, norms, output head) with the base, and never touches the quantized
+weights. Its logits differ from the adapter's by the rounding of W'; what that does to log-probabilities is measured in
+every round of PPO as `sampler/logprob_gap_mean`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import bitsandbytes
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+SHARE_OF_MEMORY = 0.25
+"""How much of the device's memory a copy may take where the choice is left to us."""
+
+_ACCELERATES_HOOKS = ("forward", "_old_forward", "_hf_hook")
+
+
+def merged_copy(causal_model: PreTrainedModel, adapter: str | None) -> PreTrainedModel:
+    """The causal model with an adapter merged into its layers, in the dtype it computes in.
+
+    Args:
+        causal_model: with PEFT's layers in it.
+        adapter: which of them; None for the bare base.
+    """
+    with torch.no_grad():
+        return cast(PreTrainedModel, _copy(causal_model, adapter, causal_model.dtype))
+
+
+def copy_bytes(causal_model: PreTrainedModel) -> int:
+    """How much memory a merged copy takes beside the base."""
+    layers = (module for module in causal_model.modules() if isinstance(module, LoraLayer))
+    return int(sum(layer.in_features * layer.out_features for layer in layers) * causal_model.dtype.itemsize)
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """All memory of the device, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def fits(causal_model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a merged copy is small beside the device's memory. Depends on nothing that changes during a run."""
+    return copy_bytes(causal_model) <= SHARE_OF_MEMORY * device_memory_bytes(device)
+
+
+def _copy(module: nn.Module, adapter: str | None, dtype: torch.dtype) -> nn.Module:
+    """The same module where no layer in it has adapters; else one of its kind, with copies of its children."""
+    if isinstance(module, LoraLayer):
+        return _merged_layer(module, adapter, dtype)
+    if not any(isinstance(inner, LoraLayer) for inner in module.modules()):
+        return module
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__ = {name: value for name, value in module.__dict__.items() if name not in _ACCELERATES_HOOKS}
+    children = {
+        name: child if child is None else _copy(child, adapter, dtype) for name, child in module._modules.items()
+    }
+    copied.__dict__["_modules"] = children
+    return copied
+
+
+def _dequantized(layer: nn.Module) -> Tensor:
+    """The layer's weight as plain numbers. PEFT's function for it spoils an int8 layer that has not computed yet."""
+    weight = cast(Any, layer.weight)
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        return cast(Tensor, bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
+    if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+        return cast(Tensor, bitsandbytes.functional.int8_vectorwise_dequant(weight.data, int8_scale(layer)))
+    return cast(Tensor, weight.detach())
+
+
+def int8_scale(layer: bitsandbytes.nn.Linear8bitLt) -> Tensor:
+    """What the rows of an int8 weight are scaled by; the layer's first forward pass moves it."""
+    scale = cast(Any, layer.weight).SCB
+    return cast(Tensor, cast(Any, layer.state).SCB if scale is None else scale)
+
+
+def _merged_layer(layer: Any, adapter: str | None, dtype: torch.dtype) -> nn.Module:
+    """A plain layer with W + s B A, added in float32 and rounded once."""
+    base = layer.get_base_layer()
+    weight = _dequantized(base)
+    if adapter is not None and adapter in layer.lora_A:
+        weight = weight.float() + layer.get_delta_weight(adapter).float()
+    plain: nn.Linear | Conv1D
+    if isinstance(base, Conv1D):
+        plain = Conv1D.__new__(Conv1D)
+        plain.__dict__ = {**base.__dict__, "_parameters": dict(base._parameters)}
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=base.bias is not None, device="meta")
+        plain.bias = base.bias
+    plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return plain.eval()
