@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from pipeline.base_model import load_base
-from pipeline.config import BaseSettings, LoraSettings, PipelineConfig, PPOSettings
+from pipeline.config import BaseSettings, LaunchSettings, LoraSettings, PipelineConfig, PPOSettings
 from pipeline.distributed import World, seed_everything
 from pipeline.kl import FixedKL
 from pipeline.memory import peak_memory_bytes, reset_peak
@@ -31,6 +32,7 @@ from pipeline.records import Message, Origin, Prompt
 from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Roles
 from stages.experience import Budgets, Experience, collect, reward_model_scores, sampling_settings
+from stages.launch import child_environment
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.round_metrics import round_metrics
 from stages.training_state import Checkpoints, Rounds, TrainingState
@@ -64,7 +66,8 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
             "epochs": 1,
             "max_new_tokens": NEW_TOKENS,
             "learning_rate": 1e-5,
-            "microbatch_tokens": 1024,
+            "microbatch_tokens": 512,
+            "gradient_checkpointing": False,
         }
     )
     base = load_base(BaseSettings.model_validate({"model": MODEL, "dtype": dtype}), world.device)
@@ -174,6 +177,9 @@ def checkpoint_costs(
 
 def main() -> None:
     """Command line: see the module's docstring."""
+    if os.environ.get("TRIVET_BENCHMARK") is None:  # the environment of a stage counts from a process's start
+        environment = child_environment(LaunchSettings()) | {"TRIVET_BENCHMARK": "1", "PYTHONSAFEPATH": ""}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     parser = argparse.ArgumentParser(description="Times one PPO iteration on a fixed workload.")
     parser.add_argument("--iterations", type=int, default=2, help="measured iterations, after one to warm up")
     parser.add_argument("--critic", choices=["adapter", "head"], default="adapter")

@@ -234,8 +234,7 @@ class RolloutSettings(Section):
     weights: Literal["auto", "merged", "adapter"] = "auto"
     """`merged`: from a copy of the base in 16 bits (or its dtype) with the adapter merged in, which exists while it
     samples. `adapter`: from the quantized base with the adapter on it, slower and without the copy. `auto`: merged
-    where the copy takes at most a quarter of the device's memory; but PPO's rounds on a CPU use the adapter, whose
-    log-probabilities are the trainer's own there."""
+    where the copy takes at most a quarter of the device's memory."""
     reuse_logprobs: bool = True
     """Let the sampler's log-probabilities be the old ones, and with `critic: head` its values too, where a sixteenth
     of each round's responses shows that the trainer finds the same; else a forward pass computes them again."""

@@ -68,7 +68,7 @@ class Experience:
 
 
 def sampling_settings(ppo: PPOSettings) -> SamplingSettings:
-    """How PPO's config says that responses are drawn, where nothing but the responses is wanted."""
+    """How PPO's config says that responses are drawn."""
     return SamplingSettings(
         max_new_tokens=ppo.max_new_tokens,
         temperature=ppo.temperature,
@@ -77,18 +77,6 @@ def sampling_settings(ppo: PPOSettings) -> SamplingSettings:
         batch_size=ppo.rollout.batch_size,
         weights=ppo.rollout.weights,
     )
-
-
-def round_sampling(ppo: PPOSettings, device: torch.device) -> SamplingSettings:
-    """How a round's responses are drawn.
-
-    On a CPU the sampler with the adapter computes what the trainer computes, almost bit for bit: a forward pass less
-    is worth more than the speed of a merged copy.
-    """
-    sampling = sampling_settings(ppo)
-    if sampling.weights == "auto" and ppo.rollout.reuse_logprobs and device.type == "cpu":
-        return replace(sampling, weights="adapter")
-    return sampling
 
 
 @dataclass(frozen=True)
@@ -271,7 +259,7 @@ def collect(
         seed=seed,
         world=world,
         budgets=budgets,
-        sampling=sampling or round_sampling(ppo, device),
+        sampling=sampling or sampling_settings(ppo),
         with_values=ppo.rollout.reuse_logprobs and ppo.critic == "head",
     )
     episodes = found.episodes
