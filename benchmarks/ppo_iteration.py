@@ -48,7 +48,7 @@ def workload() -> list[Prompt]:
     """32 short questions; with the template's system prompt they come to about 32 tokens each."""
     texts = [f"{task} {topic}." for task in TASKS for topic in TOPICS]
     assert len(texts) == PROMPTS
-    system = Message("system", "You answer in one short sentence.")
+    system = Message("system", "You answer in one short and friendly sentence, please.")
     return [
         Prompt((system, Message("user", text)), Origin("benchmark", row)) for row, text in enumerate(texts, start=1)
     ]

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +32,7 @@ def load_tokenizer(base: BaseSettings) -> PreTrainedTokenizerBase:
     Raises:
         BaseModelError: the base or its tokenizer cannot be found or read.
     """
-    source = locate(base)
-    return read_tokenizer(as_folder(source, base), base)
+    return read_tokenizer(_tokenizer_folder(locate(base), base), base)
 
 
 def read_tokenizer(folder: Path, base: BaseSettings) -> PreTrainedTokenizerBase:
@@ -54,16 +54,33 @@ def as_folder(source: BaseSource, base: BaseSettings) -> Path:
     """The folder to load from; a GGUF file is converted to safetensors once and kept in the cache."""
     if source.kind == "folder":
         return source.path
-    folder = (
-        Path(base.cache_dir).expanduser() / "gguf" / f"{source.path.stem}-{source.weights[:16]}-v{CONVERSION_VERSION}"
-    )
+    folder = _converted(source, base)
     if not folder.exists():
         print(f"Converting {source.path.name} to safetensors, once; it is kept in {folder}.", flush=True)
-        _convert_gguf(source.path, folder)
+        _convert_gguf(source.path, folder, (_read_gguf_tokenizer, _read_gguf_model))
     return folder
 
 
-def _convert_gguf(file: Path, folder: Path) -> None:
+def _tokenizer_folder(source: BaseSource, base: BaseSettings) -> Path:
+    """The folder with the tokenizer's files; from a GGUF file they are taken in a second, without the weights."""
+    if source.kind == "folder":
+        return source.path
+    folder = _converted(source, base)
+    if folder.exists():
+        return folder
+    alone = folder.with_name(f"{folder.name}-tokenizer")
+    if not alone.exists():
+        _convert_gguf(source.path, alone, (_read_gguf_tokenizer,))
+    return alone
+
+
+def _converted(source: BaseSource, base: BaseSettings) -> Path:
+    name = f"{source.path.stem}-{source.weights[:16]}-v{CONVERSION_VERSION}"
+    return Path(base.cache_dir).expanduser() / "gguf" / name
+
+
+def _convert_gguf(file: Path, folder: Path, readers: Sequence[Callable[[Path], Any]]) -> None:
+    """Save what the readers find in the file in a folder that appears when it is whole."""
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -77,9 +94,8 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         _remove_old_drafts(folder.parent)
         draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder.parent))
         try:
-            model, tokenizer = _read_gguf(file)
-            model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
+            for read in readers:
+                _read(read, file).save_pretrained(draft)
             sync_tree(draft)
             draft.chmod(0o755)
             try:
@@ -91,24 +107,31 @@ def _convert_gguf(file: Path, folder: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _read_gguf(file: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a GGUF file."""
+def _read(read: Callable[[Path], Any], file: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+            return read(file)
         except Exception as error:  # the reader fails in as many ways as a file can be broken
             raise BaseModelError(
                 f"the GGUF file cannot be read: {type(error).__name__}: {str(error)[:200]}",
                 where=str(file),
                 remedy="It may be torn, or of an architecture that transformers cannot read from GGUF.",
             ) from error
+
+
+def _read_gguf_tokenizer(file: Path) -> Any:
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+
+
+def _read_gguf_model(file: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32
+    )
     # The weights are plain tensors by now; saving would refuse while the config still calls them GGUF.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
-    return model, tokenizer
+    return model
 
 
 def _remove_old_drafts(cache: Path) -> None:

@@ -22,6 +22,7 @@ from pipeline import base_files
 from pipeline.base_files import load_tokenizer
 from pipeline.base_model import compute_dtype, fingerprint, load_base
 from pipeline.base_source import locate
+from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
 from pipeline.records import Message
@@ -215,6 +216,19 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch, capsys):
     ids = first.chat.prompt_ids((Message("user", "sun"),))
     assert first.chat.decode(ids) == "user\nsun\nassistant\n" and first.chat.eos_token_id == 259
     assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 1, "a draft is left"
+
+
+def test_the_tokenizer_of_a_gguf_file_is_had_without_its_weights(tmp_path, monkeypatch):
+    """And is the one that a conversion gives."""
+    pytest.importorskip("gguf")
+    tiny_gguf(tmp_path / "tiny.gguf")
+    wanted = settings(tmp_path / "tiny.gguf")
+    with monkeypatch.context() as without:
+        without.setattr(base_files, "_read_gguf_model", lambda file: pytest.fail("the weights are read"))
+        alone = ChatFormat(base_files.load_tokenizer(wanted)).tokenizer_digest
+        again = ChatFormat(base_files.load_tokenizer(wanted)).tokenizer_digest
+    assert alone == again == load_base(wanted, "cpu").chat.tokenizer_digest
+    assert ChatFormat(base_files.load_tokenizer(wanted)).tokenizer_digest == alone
 
 
 def test_a_file_that_is_gguf_only_by_name_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import loaded_tiny_base, tiny_base, tiny_config
 from tiny_ppo import (
@@ -30,9 +31,10 @@ from tiny_ppo import (
     sharpen,
     tiny_round,
 )
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pipeline.artifacts import read_manifest
-from pipeline.base_model import fingerprint, load_base
+from pipeline.base_model import _quantization, fingerprint, load_base
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config import PPOSettings, RolloutSettings
 from pipeline.config_file import LoadedConfig, load_config
@@ -60,6 +62,32 @@ BOTH_CRITICS = pytest.mark.parametrize("critic", ["adapter", "head"])
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def as_plain_peft_reads_it(run: RunDirectory, loaded: LoadedConfig) -> None:
+    """Each finished adapter on plain transformers gives the logits, or scores, that it gives here."""
+    ids_BL = torch.tensor([[5, 6, 7, 8, 9, 10], [40, 41, 42, 43, 44, 45]])
+    settings = loaded.config.base
+    options = {"dtype": torch.float32, "quantization_config": _quantization(settings, torch.float32)}
+    for stage in ("sft", "reward", "ppo"):
+        roles = Roles(load_base(settings))
+        roles.add_from("policy", run.stage(stage))
+        kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+        extra = {"num_labels": 1, "pad_token_id": 0} if stage == "reward" else {}
+        plain = PeftModel.from_pretrained(kind.from_pretrained(settings.model, **options, **extra), run.stage(stage))
+        roles.inference_mode()
+        with torch.no_grad(), roles.active("policy"):
+            hidden_BLD = roles.hidden_states(ids_BL, torch.ones_like(ids_BL))
+            if stage == "reward":
+                wanted = roles.head_values("policy", hidden_BLD[:, -1])[:, None]
+            else:
+                wanted = roles.logits(hidden_BLD)
+            found = plain.eval()(input_ids=ids_BL).logits
+            with plain.disable_adapter():
+                bare = plain(input_ids=ids_BL).logits
+        # Left to itself, bitsandbytes computes on some CPUs with rounded copies of the 4-bit weights.
+        assert torch.allclose(found, wanted, atol=5e-3), stage
+        assert not torch.allclose(bare, wanted, atol=2e-2), stage
 
 
 # ---- the round
@@ -578,6 +606,7 @@ def test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be(tmp_pa
     assert rows[0]["kl/policy_reference_k3"] < 1e-9 < rows[1]["kl/policy_reference_k3"]
     assert all(row["update/first_ratio_error"] < 1e-5 for row in rows)
     assert all(row["sampler/logprob_gap_max"] < 1e-4 for row in rows)
+    as_plain_peft_reads_it(run, loaded)
     samples = run.metrics("ppo").with_name("ppo_samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [1, 1, 2, 2]
 
