@@ -29,7 +29,8 @@ from pipeline.datasets import load_prompts
 from pipeline.distributed import World, seed_everything
 from pipeline.generation import SamplingSettings
 from pipeline.kl import kl_k1
-from pipeline.progress import progress
+from pipeline.memory_budget import MemoryBudget
+from pipeline.progress import progress, say
 from pipeline.records import Prompt, as_plain
 from pipeline.rewards import Calibration, RewardFunction
 from pipeline.roles import Role, Roles
@@ -37,6 +38,7 @@ from pipeline.run_directory import RunDirectory, write_json
 from pipeline.scoring import Episode, require_finite, score_logprobs, score_rewards
 from pipeline.statistics import mean_interval, win_rate
 from stages.command import stage_main
+from stages.experience import Budgets
 from stages.gates import require_fitting_parents
 from stages.inputs import stage_inputs
 from stages.interruption import deferred
@@ -101,15 +103,25 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         weights=config.ppo.rollout.weights,
     )
     parts = Parts(run.working("evaluate") / "parts", inputs_digest=digest(inputs), world=world)
+    budgets = Budgets(
+        MemoryBudget("ppo.microbatch_tokens", config.ppo.microbatch_tokens, say),
+        MemoryBudget("evaluate.batch_size", config.evaluate.batch_size, say),
+    )
     answers = {}
     with deferred(), progress(2 * len(prompts), "evaluate", "answers") as bar:
         for name, role in CONTESTANTS:
             answers[name] = answer(
-                parts, roles, role, prompts, sampling, seed=(config.seed, "evaluate"), on_batch=bar.advance
+                parts,
+                roles,
+                role,
+                prompts,
+                sampling,
+                seed=(config.seed, "evaluate"),
+                budget=budgets.responses,
+                on_batch=bar.advance,
             )
 
     # Judge.
-    max_tokens = config.ppo.microbatch_tokens
     batches = batches_of([len(episode.prompt) for episode in answers["ppo"].episodes], sampling.batch_size)
     scores: dict[str, dict[str, list[float]]] = {}
     with deferred(), progress((3 if reward_manifest else 1) * len(prompts), "evaluate", "scores") as bar:
@@ -117,14 +129,14 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             calibration = Calibration.of(reward_manifest)
             raw = {
                 name: parts.compute(
-                    f"reward-{name}", batches, partial(raw_scores, roles, found.episodes, max_tokens), bar.advance
+                    f"reward-{name}", batches, partial(raw_scores, roles, found.episodes, budgets), bar.advance
                 )
                 for name, found in answers.items()
             }
             scores["reward_model"] = {
                 name: calibration.apply(torch.tensor(found)).tolist() for name, found in raw.items()
             }
-        kl = partial(policy_kl, roles, answers["ppo"].episodes, sampling.temperature, max_tokens)
+        kl = partial(policy_kl, roles, answers["ppo"].episodes, sampling.temperature, budgets)
         kl_B = parts.compute("kl", batches, kl, bar.advance)
     require_unchanged(base, base_before)
     if world.is_main:
@@ -191,12 +203,13 @@ def answer(
     sampling: SamplingSettings,
     *,
     seed: tuple[int | str, ...],
+    budget: MemoryBudget,
     on_batch: Callable[[int], None],
 ) -> Answers:
     """One sampled answer a prompt. Both contestants get the same seeds, so that equal policies answer equally."""
     chat = roles.base.chat
     ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
-    found = parts.answers(roles, role, ids, sampling, seed=seed, on_batch=on_batch)
+    found = parts.answers(roles, role, ids, sampling, seed=seed, budget=budget, on_batch=on_batch)
     return Answers(
         [Episode(prompt, one.ids) for prompt, one in zip(ids, found, strict=True)],
         [chat.decode(one.ids) for one in found],
@@ -204,20 +217,29 @@ def answer(
     )
 
 
-def raw_scores(roles: Roles, episodes: Sequence[Episode], max_tokens: int, batch: Sequence[int]) -> list[float]:
+def raw_scores(roles: Roles, episodes: Sequence[Episode], budgets: Budgets, batch: Sequence[int]) -> list[float]:
     """The reward adapter's raw scores of some of the episodes."""
-    raw_B = score_rewards(roles, [episodes[index].ids for index in batch], max_tokens=max_tokens)
+    chosen = [episodes[index].ids for index in batch]
+    raw_B = budgets.fit_sequences(
+        [len(ids) for ids in chosen], lambda most: score_rewards(roles, chosen, max_tokens=most)
+    )
     numbers: list[float] = require_finite(raw_B, "score of the reward model", where="evaluate").tolist()
     return numbers
 
 
 def policy_kl(
-    roles: Roles, episodes: Sequence[Episode], temperature: float, max_tokens: int, batch: Sequence[int]
+    roles: Roles, episodes: Sequence[Episode], temperature: float, budgets: Budgets, batch: Sequence[int]
 ) -> list[float]:
     """KL(policy || SFT) of some of the policy's responses in nats: the sum of k1 over a response's tokens."""
     chosen = [episodes[index] for index in batch]
-    policy = score_logprobs(roles, "policy", chosen, temperature=temperature, max_tokens=max_tokens)
-    reference = score_logprobs(roles, "reference", chosen, temperature=temperature, max_tokens=max_tokens)
+
+    def logprobs(role: Role) -> list[torch.Tensor]:
+        return budgets.fit_sequences(
+            [len(episode.ids) for episode in chosen],
+            lambda most: score_logprobs(roles, role, chosen, temperature=temperature, max_tokens=most),
+        )
+
+    policy, reference = logprobs("policy"), logprobs("reference")
     kl_B = torch.stack([kl_k1(ours, theirs).sum() for ours, theirs in zip(policy, reference, strict=True)])
     numbers: list[float] = require_finite(kl_B, "KL divergence from the SFT policy", where="evaluate").tolist()
     return numbers

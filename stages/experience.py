@@ -124,6 +124,27 @@ class Budgets:
         )
 
 
+def fit_responses(
+    budget: MemoryBudget, sampling: SamplingSettings, count: int, work: Callable[[SamplingSettings], Result]
+) -> Result:
+    """Sample responses, as many at once as memory allows.
+
+    Args:
+        count: how many there are to sample.
+        work: takes the settings with a batch size that is tried; can be done again from its start.
+
+    Raises:
+        OutOfMemoryError: a single response does not fit.
+    """
+    return budget.fit(
+        lambda size: work(replace(sampling, batch_size=size)),
+        smallest=1,
+        whole=count,
+        remedy=f"One response does not fit: lower ppo.max_new_tokens to {sampling.max_new_tokens // 2}, or"
+        " ppo.max_prompt_tokens, or set ppo.rollout.weights=adapter.",
+    )
+
+
 def reward_model_scores(
     roles: Roles, calibration: Calibration, budgets: Budgets
 ) -> Callable[[Sequence[Sequence[int]]], Tensor]:
@@ -183,21 +204,20 @@ def answer(
     chat = roles.base.chat
     started = time.monotonic()
     prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
-    responses = budgets.responses.fit(
-        lambda size: generate(
+    responses = fit_responses(
+        budgets.responses,
+        sampling,
+        len(prompts),
+        lambda fitting: generate(
             roles,
             "policy",
             prompt_ids,
-            replace(sampling, batch_size=size),
+            fitting,
             seed=seed,
             with_values=with_values,
             numbers=range(world.rank * len(prompts), (world.rank + 1) * len(prompts)),
             on_token=lambda: stop_alone(world),
         ),
-        smallest=1,
-        whole=len(prompts),
-        remedy=f"One response does not fit: lower ppo.max_new_tokens to {sampling.max_new_tokens // 2}, or"
-        " ppo.max_prompt_tokens, or set ppo.rollout.weights=adapter.",
     )
     episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
     sampled = time.monotonic()

@@ -14,8 +14,10 @@ from typing import Any
 from pipeline.artifacts import seal, unseal
 from pipeline.distributed import World
 from pipeline.generation import SamplingSettings, generate
+from pipeline.memory_budget import MemoryBudget
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import read_json, write_json
+from stages.experience import fit_responses
 from stages.interruption import stop_together
 
 
@@ -93,14 +95,27 @@ class Parts:
         sampling: SamplingSettings,
         *,
         seed: tuple[int | str, ...],
+        budget: MemoryBudget,
         on_batch: Callable[[int], None],
     ) -> list[Answer]:
-        """One sampled answer a prompt; arguments as for `pipeline.generation.generate`."""
+        """One sampled answer a prompt; arguments as for `pipeline.generation.generate`.
+
+        Args:
+            budget: how many answers to sample at once, as far as memory goes. The answers do not depend on it.
+
+        Raises:
+            OutOfMemoryError: a single answer does not fit.
+        """
         batches = batches_of([len(prompt) for prompt in prompts], sampling.batch_size)
 
         def sample(batch: Sequence[int]) -> list[Any]:
             chosen = [prompts[index] for index in batch]
-            responses = generate(roles, role, chosen, sampling, seed=seed, numbers=batch)
+            responses = fit_responses(
+                budget,
+                sampling,
+                len(chosen),
+                lambda fitting: generate(roles, role, chosen, fitting, seed=seed, numbers=batch),
+            )
             return [[response.ids, response.finished] for response in responses]
 
         found = self.compute(f"answers-{role}", batches, sample, on_batch)

@@ -39,7 +39,8 @@ from pipeline.datasets import load_preferences, load_prompts, prompt_key
 from pipeline.distributed import World, seed_everything
 from pipeline.errors import ArtifactError
 from pipeline.generation import derive_seed
-from pipeline.progress import progress
+from pipeline.memory_budget import MemoryBudget
+from pipeline.progress import progress, say
 from pipeline.records import Comparison, Text
 from pipeline.rewards import Calibration
 from pipeline.roles import Roles, reward_model_for_training
@@ -275,7 +276,13 @@ def calibrate(
     sampling = sampling_settings(config.ppo)
     with deferred(), progress(len(prompts), "reward calibration", "answers") as bar:
         responses = parts.answers(
-            roles, "reference", prompts, sampling, seed=(config.seed, "calibration"), on_batch=bar.advance
+            roles,
+            "reference",
+            prompts,
+            sampling,
+            seed=(config.seed, "calibration"),
+            budget=MemoryBudget("ppo.rollout.batch_size", config.ppo.rollout.batch_size, say),
+            on_batch=bar.advance,
         )
     sequences = [(*prompt, *response.ids) for prompt, response in zip(prompts, responses, strict=True)]
     raw_B = require_finite(

@@ -759,8 +759,8 @@ TABLE = (
     Mutation(
         "the bare base answers the calibration prompts",
         "stages/reward.py",
-        'roles, "reference", prompts, sampling',
-        "roles, None, prompts, sampling",
+        '            "reference",\n            prompts,',
+        "            None,\n            prompts,",
         (f"{REWARD}::test_calibrated_scores_of_the_sft_policy_have_mean_0_and_variance_1",),
     ),
     Mutation(
@@ -962,8 +962,8 @@ TABLE = (
     Mutation(
         "equal policies do not get equal seeds",
         "stages/evaluate.py",
-        'parts, roles, role, prompts, sampling, seed=(config.seed, "evaluate"), on_batch',
-        'parts, roles, role, prompts, sampling, seed=(config.seed, "evaluate", name), on_batch',
+        'seed=(config.seed, "evaluate"),',
+        'seed=(config.seed, "evaluate", name),',
         (f"{EVALUATE}::test_equal_policies_tie_everywhere",),
     ),
     # ---- flows

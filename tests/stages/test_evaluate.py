@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_base, tiny_config
 from tiny_ppo import perturb, publish, publish_reward, publish_sft, sharpen
+from transformers import GenerationMixin
 
 from pipeline.artifacts import read_manifest
 from pipeline.base_model import load_base
@@ -21,6 +22,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.scoring import Episode, score_logprobs
 from stages import evaluate, interruption, parts
 from stages.evaluate import compare
+from stages.experience import Budgets
 from stages.interruption import Interrupted
 
 
@@ -90,7 +92,7 @@ def test_the_kl_is_that_of_the_policys_own_answers(tmp_path):
     for role in ("policy", "reference"):
         episode = Episode((1, 2, 3), (4, 5, 6, 7))
         seen[role] = score_logprobs(roles, role, [episode], temperature=1.0, max_tokens=64)[0]
-        found = evaluate.policy_kl(roles, [episode], 1.0, 64, [0])
+        found = evaluate.policy_kl(roles, [episode], 1.0, Budgets.of(loaded.config.ppo), [0])
     assert found == pytest.approx([float((seen["policy"] - seen["reference"]).sum())], abs=1e-5)
     assert abs(found[0]) > 1e-3 and metrics["kl"]["value"] > 0
 
@@ -284,3 +286,28 @@ def test_a_score_that_is_not_finite_stops_the_evaluation(finished, monkeypatch, 
     monkeypatch.setattr(evaluate, scored, spoilt)
     with pytest.raises(DivergenceError, match="is not finite"):
         evaluate.run(loaded, run)
+
+
+def test_where_memory_runs_out_the_evaluation_takes_less_at_once_and_finds_the_same(tmp_path, monkeypatch, capsys):
+    settings = ("evaluate.batch_size=8", "ppo.microbatch_tokens=512")
+    _, wanted = evaluated(config(tmp_path / "undisturbed", *settings), scale=0.1)
+    own_generate, own_states = GenerationMixin.generate, Roles.hidden_states
+
+    def generate(model, **named):
+        if len(named["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own_generate(model, **named)
+
+    def hidden_states(roles, ids_BL, mask_BL):
+        if ids_BL.numel() > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own_states(roles, ids_BL, mask_BL)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    monkeypatch.setattr(Roles, "hidden_states", hidden_states)
+    _, found = evaluated(config(tmp_path / "short", *settings), scale=0.1)
+    said = capsys.readouterr().out
+    assert "Out of memory with evaluate.batch_size=8; going on with 4." in said
+    assert "Out of memory with ppo.microbatch_tokens=512; going on with" in said
+    assert found["win_rate"] == wanted["win_rate"] and found["response"] == wanted["response"]
+    assert found["kl"]["value"] == pytest.approx(wanted["kl"]["value"], rel=1e-3, abs=1e-5)
