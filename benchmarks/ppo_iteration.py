@@ -17,11 +17,13 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from pipeline.base_model import load_base
 from pipeline.config import BaseSettings, LaunchSettings, LoraSettings, PipelineConfig, PPOSettings
@@ -30,7 +32,16 @@ from pipeline.kl import FixedKL
 from pipeline.memory import peak_memory_bytes, reset_peak
 from pipeline.records import Message, Origin, Prompt
 from pipeline.rewards import Calibration, RewardSum
-from pipeline.roles import Roles
+from pipeline.roles import Role, Roles
+from pipeline.scoring import (
+    Episode,
+    batch_episodes,
+    head_values,
+    policy_logprobs,
+    score_logprobs,
+    score_rewards,
+    score_values,
+)
 from stages.experience import Budgets, Experience, collect, reward_model_scores, sampling_settings
 from stages.launch import child_environment
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
@@ -130,6 +141,7 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
         "new_tokens_per_second": round(PROMPTS * NEW_TOKENS / total, 1),
         "samples_per_second": round(PROMPTS / total, 3),
         "peak_memory_mb": round(peak / 1e6),
+        **floor(roles, ppo, experience, total),
         "checkpoint": checkpoint_costs(roles, optimizer, budgets, ppo, experience, total),
         "sampler_logprob_gap_mean": median("sampler/logprob_gap_mean"),
         "first_ratio_error": median("update/first_ratio_error"),
@@ -139,6 +151,71 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
+    }
+
+
+def floor(
+    roles: Roles, ppo: PPOSettings, experience: Experience, world: World, iteration_seconds: float
+) -> dict[str, Any]:
+    """The arithmetic that an iteration cannot do without, and no algorithm around it, timed in the same process.
+
+    One generation of as many tokens by the same engine, greedily; a forward pass for the policy, the reference, the
+    reward and, where it has an adapter of its own, the value; forward and backward passes of the update. All sequences
+    are as long as the mean, so that nothing is padded.
+    """
+    count = len(experience.episodes)
+    length = round(sum(len(episode.ids) for episode in experience.episodes) / count)
+    episodes = [Episode(tuple(range(100, 100 + length - NEW_TOKENS)), tuple(range(500, 500 + NEW_TOKENS)))] * count
+    seconds = {}
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        work()
+        started = time.monotonic()
+        work()
+        seconds[name] = time.monotonic() - started
+
+    def sample() -> None:
+        prompts = torch.tensor([episode.prompt for episode in episodes])
+        with torch.inference_mode(), roles.sampling_model("policy", ppo.rollout.weights) as model:
+            model.generate(
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                generation_config=GenerationConfig(
+                    max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+                ),
+            )
+
+    most = ppo.microbatch_tokens
+
+    def score() -> None:
+        score_logprobs(roles, "policy", episodes, temperature=1.0, max_tokens=most)
+        score_logprobs(roles, "reference", episodes, temperature=1.0, max_tokens=most)
+        score_rewards(roles, [episode.ids for episode in episodes], max_tokens=most)
+        if ppo.critic == "adapter":
+            score_values(roles, episodes, max_tokens=most)
+
+    def update() -> None:
+        roles.training_mode(gradient_checkpointing=ppo.gradient_checkpointing)
+        trained: list[Role] = ["policy", "value"] if ppo.critic == "adapter" else ["policy"]
+        for role in trained:
+            with roles.active(role):
+                for start in range(0, count, most // length):
+                    batch = batch_episodes(episodes[start : start + most // length], roles.device)
+                    hidden_BLD = roles.hidden_states(batch.ids_BL, batch.mask_BL)
+                    if role == "policy":
+                        policy_logprobs(roles, hidden_BLD, batch, temperature=1.0).logprobs_N.sum().backward()
+                    else:
+                        head_values(roles, "value", hidden_BLD, batch).sum().backward()
+
+    roles.inference_mode()
+    timed("rollout", sample)
+    timed("score", score)
+    timed("update", update)
+    total = sum(seconds.values())
+    return {
+        "floor_seconds": round(total, 2),
+        "floor_seconds_per_phase": {phase: round(value, 2) for phase, value in seconds.items()},
+        "floor_ratio": round(iteration_seconds / total, 3),
     }
 
 
