@@ -152,15 +152,16 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     lines = [
         f"Run `{summary['run_dir']}` of `{summary['config']}`" + "".join(f" `{one}`" for one in summary["overrides"]),
         "",
-        "| stage | state | time | peak memory | figures |",
-        "|---|---|---:|---:|---|",
+        "| stage | time | peak memory | figures |",
+        "|---|---:|---:|---|",
     ]
+    states = []  # below the table, since the page is not wide enough for them in it
     for name, stage in summary["stages"].items():
         figures = "<br>".join(f"{_cell(key)} **{_cell(value)}**" for key, value in key_figures(name, stage["metrics"]))
-        state = f"{'cached' if stage['cached'] else 'ran'}: {_cell(stage['reason'])}"
+        states.append(f"- {name} {'cached' if stage['cached'] else 'ran'}: {_cell(stage['reason'])}")
         memory = megabytes(stage["peak_memory_bytes"])
-        lines.append(f"| {name} | {state} | {duration(stage['seconds'])} | {memory} | {figures} |")
-    return "\n".join(lines)
+        lines.append(f"| {name} | {duration(stage['seconds'])} | {memory} | {figures} |")
+    return "\n".join([*lines, "", *states])
 
 
 def lineage(summary: Mapping[str, Any]) -> str:

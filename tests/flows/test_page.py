@@ -49,8 +49,8 @@ def test_table_and_lineage_tell_what_was_made_from_what(tmp_path: Path) -> None:
     ]
     summary = write_summary(loaded, results, datetime.now(UTC))
     table = summary_table(summary)
-    assert "| sft | cached: because of sft |" in table
-    assert "| ppo | ran: because of ppo |" in table
+    assert "\n- sft cached: because of sft\n" in table
+    assert "\n- ppo ran: because of ppo\n" in table
     assert r"held\_out\_loss\_after **2.5**" in table
     sft, reward = (manifests[stage].digest[:12] for stage in ("sft", "reward"))
     assert f"| ppo | `{manifests['ppo'].digest[:12]}` | sft `{sft}`, reward `{reward}` |" in lineage(summary)
