@@ -259,7 +259,13 @@ def _run_flow(loaded: LoadedConfig, *, force: bool) -> None:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS", "flows.display.RunLogHandler")
         from flows.rlhf import rlhf
 
-        summary = rlhf(str(loaded.path), list(loaded.overrides), force)
+        try:
+            summary = rlhf(str(loaded.path), list(loaded.overrides), force)
+        except SystemExit:
+            # Prefect made exceptions of its own of SIGTERM, and sent the signal again when the flow had ended.
+            if StoppedInOrder.happened:
+                raise StoppedInOrder from None
+            raise
         show_summary(summary, display.console)
         display.line(f"All figures: {RunDirectory(loaded.config.run_dir).summary}")
 

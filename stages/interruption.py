@@ -33,7 +33,12 @@ class Interrupted(BaseException):
 
 
 class StoppedInOrder(KeyboardInterrupt):
-    """This program was asked to end while a stage ran, and the stage has stopped where it can go on."""
+    """This program was asked to end while a stage ran, and the stage has stopped where it can go on.
+
+    `happened` tells so of this process, also where what came of the signal was another exception.
+    """
+
+    happened = False
 
 
 def install() -> None:

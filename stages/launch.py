@@ -212,9 +212,11 @@ def launch_stage(
         log.write(f"--- {started} {stage} {' '.join(arguments)} ({_processes(launch)} process(es))")
         try:
             code = _run_supervised(command, environment, log, keep, on_progress)
-        except (KeyboardInterrupt, SystemExit):
-            if _told(error_path).get("kind") == StageInterruptedError.__name__:
-                raise StoppedInOrder from None
+        except BaseException as error:  # an orchestrator may make an exception of its own of a signal
+            if not isinstance(error, Exception) and _told(error_path).get("kind") == StageInterruptedError.__name__:
+                StoppedInOrder.happened = True
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise StoppedInOrder from None
             raise
         if code != 0 or error_path.exists():
             killed = _was_killed(code, launcher_report)
