@@ -23,11 +23,9 @@ from pipeline.errors import ArtifactError
 from pipeline.memory import megabytes
 from pipeline.progress import duration
 from pipeline.run_directory import STAGES, RunDirectory, write_json
+from pipeline.run_state import SAMPLES
 from stages.inputs import stages_of
 from stages.launch import StageResult, stage_result
-
-SAMPLES = "samples.json"
-"""The evaluation's side-by-side answers, in its folder."""
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "prefect")
 
@@ -124,15 +122,16 @@ def figures_of(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
     for key, value in metrics.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
-            count = f", n={_number(value['n'])}" if "n" in value else ""
-            yield name, f"{_number(value['value'])} [{_number(value['low'])}, {_number(value['high'])}{count}]"
+            count = f", n={number_text(value['n'])}" if "n" in value else ""
+            yield name, f"{number_text(value['value'])} [{number_text(value['low'])}, {number_text(value['high'])}{count}]"
         elif isinstance(value, Mapping):
             yield from figures_of(value, f"{name}.")
         elif not isinstance(value, (list, tuple)):
-            yield name, _number(value)
+            yield name, number_text(value)
 
 
-def _number(value: Any) -> str:
+def number_text(value: Any) -> str:
+    """A figure for people, with four digits at the most; `-` where there is none."""
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
     return "-" if value is None else str(value)
@@ -148,7 +147,7 @@ def samples(path: Path) -> Iterator[RenderableType]:
         body = Text()
         body.append(f"{as_text(entry['prompt']).strip()}\n", style="bold")
         for label in ("sft", "ppo"):
-            score = f" ({entry['judge']} {_number(entry['scores'][label])})"
+            score = f" ({entry['judge']} {number_text(entry['scores'][label])})"
             body.append(f"\n{label.upper()}{score}: ", style="cyan" if label == "sft" else "green")
             body.append(as_text(entry[label]).strip() or "(nothing)")
         yield Panel(body)
