@@ -146,7 +146,7 @@ class _Axes:
             yield f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{self.bottom}" y2="{self.bottom + 4}"/>'
             yield f'<text x="{x:.1f}" y="{self.bottom + 16}" text-anchor="{anchor}">{short(tick)}</text>'
         if self.chart.unit:
-            yield f'<text class="unit" x="{_LEFT}" y="{_TOP - 12}">{escape(self.chart.unit)}</text>'
+            yield f'<text class="unit" x="{_LEFT - 40}" y="{_TOP - 14}">{escape(self.chart.unit)}</text>'
         if self.chart.x:
             yield (
                 f'<text class="unit" x="{self.right}" y="{HEIGHT - 4}" text-anchor="end">{escape(self.chart.x)}</text>'

@@ -33,7 +33,7 @@ _MARKS = {
     "damaged": "!",
     "waiting": "○",
 }
-_CARD, _GAP, _TALL, _SHORT = 244, 40, 158, 128
+_CARD, _GAP, _TALL, _SHORT = 244, 40, 158, 144
 _LONGEST_FIGURE = 36
 
 
@@ -57,18 +57,21 @@ def _key_lines(stage: StageState, state: RunState) -> Iterator[str]:
     if stage.name == "sft":
         yield from _change(figures, "held_out_loss_before", "held_out_loss_after", "held-out loss", "")
         yield from _change(figures, "held_out_perplexity_before", "held_out_perplexity_after", "perplexity", "")
+        yield from _counts(figures, ("rows", "rows"), ("steps", "steps"))
     elif stage.name == "reward":
         yield from _interval("accuracy", figures.get("held_out_accuracy"))
         longer = as_estimate(figures.get("held_out_accuracy_longer_wins"))
         if longer is not None:
             yield f"longer answer wins {longer.value:.2f}"
+        yield from _counts(figures, ("pairs", "pairs"), ("steps", "steps"))
     elif stage.name == "ppo":
         scores = [row["objective/score"] for row in stage.metrics if row.get("objective/score") is not None]
         if len(scores) > 1:
             yield f"score {scores[0]:.2f} → {scores[-1]:.2f}"
-        kl, rounds = figures.get("kl/policy_reference_k1"), len(stage.metrics)
-        if isinstance(kl, (int, float)):
-            yield f"KL {kl:.1f} nats, {rounds} rounds" if rounds else f"KL {kl:.1f} nats"
+        if isinstance(kl := figures.get("kl/policy_reference_k1"), (int, float)):
+            yield f"KL {kl:.1f} nats an answer"
+        if stage.metrics:
+            yield f"{len(stage.metrics)} rounds"
     else:
         judgement = verdict_of(state).judgement
         if judgement is not None:
@@ -76,6 +79,7 @@ def _key_lines(stage: StageState, state: RunState) -> Iterator[str]:
         kl = as_estimate(figures.get("kl"))
         if kl is not None:
             yield f"KL {kl.value:.1f} [{kl.low:.1f}, {kl.high:.1f}] nats"
+        yield from _counts(figures, ("n", "prompts"))
 
 
 def _so_far(stage: StageState) -> Iterator[str]:
@@ -96,19 +100,26 @@ def _change(figures: Mapping[str, Any], before: str, after: str, label: str, uni
         yield f"{label} {short(values[1])}{unit}"
 
 
+def _counts(figures: Mapping[str, Any], *wanted: tuple[str, str]) -> Iterator[str]:
+    """`277 rows, 70 steps`, as far as they are known."""
+    found = [f"{figures[name]:,} {unit}" for name, unit in wanted if isinstance(figures.get(name), int)]
+    if found:
+        yield ", ".join(found)
+
+
 def _interval(label: str, figure: Any) -> Iterator[str]:
     found = as_estimate(figure)
     if found is not None:
         yield f"{label} {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def base_line(state: RunState) -> str:
-    """The base in a line: its name and how it is quantized."""
+def base_of(state: RunState) -> tuple[str, str]:
+    """The base's name and how it is quantized."""
     manifest = next((stage.manifest for stage in state.stages.values() if stage.manifest is not None), None)
     if manifest is not None:
-        return f"{_short_base(manifest.base.model)}, {manifest.base.quantization}"
+        return _short_base(manifest.base.model), manifest.base.quantization
     model, quantization = state.owner.get("base_model"), state.owner.get("base_quantization")
-    return ", ".join(str(one) for one in (model and _short_base(str(model)), quantization) if one) or "unknown"
+    return _short_base(str(model)) if model else "unknown", str(quantization or "")
 
 
 def _short_base(model: str) -> str:
@@ -129,7 +140,7 @@ def _wide(state: RunState, stages: Sequence[StageState]) -> str:
             curve = f"M{x1 + _CARD - 60} {y1}C{x1 + _CARD - 30} 2 {x2 + 50} 2 {x2 + 50} {y2 - 8}"
             parts.append(_arrow(curve, x2 + 50, y2, "down"))
     parts += [f'<path class="stem" d="M{x + _CARD / 2} {y + _TALL}V{base}"/>' for x, y in spots.values()]
-    parts.append(_base(state, 0, base, width))
+    parts.append(_base(state, 0, base, width, lines=1))
     return _svg("pipeline wide", width, base + 42, parts, state)
 
 
@@ -145,8 +156,8 @@ def _narrow(state: RunState, stages: Sequence[StageState]) -> str:
         else:
             curve = f"M{x1} {y1 + 70}C{x1 - 36} {y1 + 90} {x1 - 36} {y2 + 40} {x2 - 8} {y2 + 40}"
             parts.append(_arrow(curve, x2, y2 + 40, "right"))
-    parts.append(_base(state, left, base, width - left - 2))
-    return _svg("pipeline narrow", width, base + 42, parts, state)
+    parts.append(_base(state, left, base, width - left - 2, lines=2))
+    return _svg("pipeline narrow", width, base + 62, parts, state)
 
 
 def _edges(stages: Sequence[StageState]) -> Iterator[tuple[StageName, StageName]]:
@@ -162,15 +173,13 @@ def _edges(stages: Sequence[StageState]) -> Iterator[tuple[StageName, StageName]
 
 
 def _card(stage: StageState, state: RunState, x: float, y: float, width: float, height: float) -> str:
-    lines = [f"{_MARKS[stage.status]} {stage.status}"]
-    if stage.done is not None and stage.status != "finished":
-        lines[0] += f", {progress_of(stage)}"
+    status = f"{_MARKS[stage.status]} {stage.status} {progress_of(stage)}".strip()
     used = ""
     if stage.manifest is not None:
         used = f"{duration(stage.manifest.seconds)}, {megabytes(stage.manifest.peak_memory_bytes)}"
     texts = [
         f'<text class="title" x="{x + 16}" y="{y + 28}">{escape(TITLES[stage.name])}</text>',
-        f'<text class="status" x="{x + width - 14}" y="{y + 28}" text-anchor="end">{escape(lines[0])}</text>',
+        f'<text class="status" x="{x + width - 14}" y="{y + 28}" text-anchor="end">{escape(status)}</text>',
         f'<text class="used" x="{x + 16}" y="{y + 54}">{escape(used)}</text>',
     ]
     for number, line in enumerate(key_lines(stage, state)[:3]):
@@ -184,7 +193,7 @@ def _card(stage: StageState, state: RunState, x: float, y: float, width: float, 
         )
     return (
         f'<g class="stage {stage.name} is-{stage.status}"><title>{escape(TITLES[stage.name])}: {stage.status}'
-        f'{". " + escape(stage.reason) if stage.reason else ""}</title>'
+        f"{'. ' + escape(stage.reason) if stage.reason else ''}</title>"
         f'<rect class="card" x="{x + 1}" y="{y}" width="{width - 2}" height="{height}" rx="10"/>'
         f'<rect class="edge" x="{x + 1}" y="{y + 12}" width="4" height="{height - 24}" rx="2"/>'
         f"{''.join(texts)}{bar}</g>"
@@ -197,16 +206,26 @@ def _arrow(path: str, x: float, y: float, direction: Literal["right", "down"]) -
     return f'<path class="arrow" d="{path}"/><path class="head" d="{head}"/>'
 
 
-def _base(state: RunState, x: float, y: float, width: float) -> str:
+def _base(state: RunState, x: float, y: float, width: float, *, lines: int) -> str:
+    """What all stages stand on, in one line or two."""
+    name, quantization = base_of(state)
+    said = (
+        ["one base: " + name, quantization]
+        if lines == 2
+        else [", ".join(filter(None, (f"one base: {name}", quantization)))]
+    )
+    texts = [
+        f'<text x="{x + width / 2}" y="{y + 25 + 20 * number}" text-anchor="middle">{escape(line)}</text>'
+        for number, line in enumerate(said)
+    ]
     return (
-        f'<g class="base"><rect x="{x + 1}" y="{y}" width="{width - 2}" height="40" rx="8"/>'
-        f'<text x="{x + width / 2}" y="{y + 25}" text-anchor="middle">one base: {escape(base_line(state))}</text></g>'
+        f'<g class="base"><rect x="{x + 1}" y="{y}" width="{width - 2}" height="{20 + 20 * lines}" rx="8"/>'
+        f"{''.join(texts)}</g>"
     )
 
 
 def _svg(kind: str, width: float, height: float, parts: Sequence[str], state: RunState) -> str:
     label = escape(", ".join(f"{TITLES[stage.name]} {stage.status}" for stage in state.stages.values()))
     return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">'
-        f"{''.join(parts)}</svg>"
+        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.curves import Chart, Line, Points, curve
@@ -20,8 +20,8 @@ def charts_of(state: RunState) -> dict[str, list[Chart]]:
     """The charts of each stage that has at least two steps to show."""
     made = {
         "ppo": _ppo(_rows(state, "ppo"), state.config),
-        "reward": _trainer(_rows(state, "reward"), _REWARD),
-        "sft": _trainer(_rows(state, "sft"), _SFT),
+        "reward": _reward(_rows(state, "reward")),
+        "sft": _sft(_rows(state, "sft")),
     }
     found = {stage: [chart for chart in charts if _has_something(chart)] for stage, charts in made.items()}
     return {stage: charts for stage, charts in found.items() if charts}
@@ -43,9 +43,7 @@ _COMPARED = (
 )
 
 
-def _compared(
-    runs: Sequence[RunState], stage: str, metric: str, title: str, unit: str, x: str, about: str
-) -> Chart:
+def _compared(runs: Sequence[RunState], stage: str, metric: str, title: str, unit: str, x: str, about: str) -> Chart:
     lines = [
         Line(state.name, curve(_rows(state, stage), metric), colour=1 + index % 6) for index, state in enumerate(runs)
     ]
@@ -57,9 +55,7 @@ def _rows(state: RunState, stage: str) -> Sequence[MetricsRow]:
 
 
 def _has_something(chart: Chart) -> bool:
-    return any(
-        sum(value is not None for _, value in line.points) > 1 for line in chart.lines if line.kind != "level"
-    )
+    return any(sum(value is not None for _, value in line.points) > 1 for line in chart.lines if line.kind != "level")
 
 
 def _chart(
@@ -103,7 +99,7 @@ def _ppo(rows: Sequence[MetricsRow], config: Mapping[str, Any]) -> list[Chart]:
             rows,
             "Score and reward",
             "reward; 0 is SFT",
-            "Mean of a round's answers. Reward is the score less the price of KL: what PPO maximizes. Both should rise.",
+            "Mean of a round's answers. PPO maximizes reward: the score less the price of KL. Both should rise.",
             ("objective/score", "score"),
             ("objective/reward", "reward"),
             dots=(("held_out/score", "score, held out"),),
@@ -227,9 +223,16 @@ def _ppo(rows: Sequence[MetricsRow], config: Mapping[str, Any]) -> list[Chart]:
             include=(0.0,),
         ),
         _chart(
-            rows, "Peak memory", "MB", "So far, of the process that has most.", ("memory/peak_mb", "peak"), include=(0.0,)
+            rows,
+            "Peak memory",
+            "MB",
+            "So far, of the process that has most.",
+            ("memory/peak_mb", "peak"),
+            include=(0.0,),
         ),
     ]
+    if len({row.get("kl/coefficient") for row in rows}) <= 1:
+        charts = [chart for chart in charts if chart.title != "Price of KL"]
     if len(terms) > 1:
         named = [(name, name.removeprefix("score/")) for name in terms[:6]]
         charts.insert(1, _chart(rows, "Terms of the reward", "their own units", "Unweighted means of a round.", *named))
@@ -251,31 +254,80 @@ def _score_against_kl(rows: Sequence[MetricsRow]) -> Chart:
     )
 
 
-_SFT = (
-    ("Loss", "nats a token", "Cross-entropy on the answers' tokens.", (("loss", "training"),), (("eval_loss", "held out"),), ()),
-    ("Token accuracy", "share", "How often the likeliest token is the right one.", (("mean_token_accuracy", "training"),), (("eval_mean_token_accuracy", "held out"),), ()),
-    ("Entropy", "nats a token", "How undecided the model is.", (("entropy", "training"),), (), (0.0,)),
-    ("Gradient norm", "norm", "Before clipping.", (("grad_norm", "adapter"),), (), (0.0,)),
-    ("Learning rate", "per step", "As scheduled.", (("learning_rate", "learning rate"),), (), (0.0,)),
-    ("Speed", "tokens/s", "Training tokens a second.", (("tokens_per_second", "tokens a second"),), (), (0.0,)),
-)  # fmt: skip
-
-_REWARD = (
-    ("Loss", "nats a pair", "-log sigmoid of the margin; 0.69 is a coin's.", (("loss", "training"),), (("eval_loss", "held out"),), (0.0,)),
-    ("Accuracy", "share of pairs", "How often the preferred answer scores higher.", (("accuracy", "training"),), (("eval_accuracy", "held out"),), (0.5, 1.0)),
-    ("Margin", "score", "By how much the preferred answer scores higher, in the mean.", (("margin", "training"),), (("eval_margin", "held out"),), (0.0,)),
-    ("Scores", "score", "Of all answers of a batch. Their zero means nothing.", (("mean_reward", "mean"), ("min_reward", "lowest"), ("max_reward", "highest")), (), ()),
-    ("Gradient norm", "norm", "Before clipping.", (("grad_norm", "adapter and head"),), (), (0.0,)),
-    ("Learning rate", "per step", "As scheduled.", (("learning_rate", "learning rate"),), (), (0.0,)),
-)  # fmt: skip
-
-_Wanted = tuple[str, str, str, Sequence[Named], Sequence[Named], Sequence[float]]
+def _trainer(rows: Sequence[MetricsRow], title: str, unit: str, about: str, *names: Named, **more: Any) -> Chart:
+    """A chart of a stage whose figures are counted in optimizer steps; beside each that on held-out data."""
+    dots = [(f"eval_{name}", "held out") for name, label in names if label == "training"]
+    return _chart(rows, title, unit, about, *names, dots=dots, x="step", **more)
 
 
-def _trainer(rows: Sequence[MetricsRow], wanted: Sequence[_Wanted]) -> list[Chart]:
+def _sft(rows: Sequence[MetricsRow]) -> list[Chart]:
     return [
-        _chart(rows, title, unit, about, *names, dots=dots, x="step", include=include)
-        for title, unit, about, names, dots, include in wanted
+        _trainer(rows, "Loss", "nats a token", "Cross-entropy on the answers' tokens.", ("loss", "training")),
+        _trainer(
+            rows,
+            "Token accuracy",
+            "share",
+            "How often the likeliest token is the right one.",
+            ("mean_token_accuracy", "training"),
+        ),
+        _trainer(
+            rows, "Entropy", "nats a token", "How undecided the model is.", ("entropy", "entropy"), include=(0.0,)
+        ),
+        *_of_any_trainer(rows),
+    ]
+
+
+def _reward(rows: Sequence[MetricsRow]) -> list[Chart]:
+    return [
+        _trainer(
+            rows,
+            "Loss",
+            "nats a pair",
+            "-log sigmoid of the margin; 0.69 is a coin's.",
+            ("loss", "training"),
+            include=(0.0,),
+        ),
+        _trainer(
+            rows,
+            "Accuracy",
+            "share of pairs",
+            "How often the preferred answer scores higher.",
+            ("accuracy", "training"),
+            include=(0.5, 1.0),
+        ),
+        _trainer(
+            rows,
+            "Margin",
+            "score",
+            "By how much the preferred answer scores higher, in the mean.",
+            ("margin", "training"),
+            include=(0.0,),
+        ),
+        _trainer(
+            rows,
+            "Scores",
+            "score",
+            "Of all answers of a batch. Their zero means nothing.",
+            ("mean_reward", "mean"),
+            ("min_reward", "lowest"),
+            ("max_reward", "highest"),
+        ),
+        *_of_any_trainer(rows),
+    ]
+
+
+def _of_any_trainer(rows: Sequence[MetricsRow]) -> list[Chart]:
+    return [
+        _trainer(rows, "Gradient norm", "norm", "Before clipping.", ("grad_norm", "norm"), include=(0.0,)),
+        _trainer(rows, "Learning rate", "rate", "As scheduled.", ("learning_rate", "learning rate"), include=(0.0,)),
+        _trainer(
+            rows,
+            "Speed",
+            "tokens/s",
+            "Training tokens a second.",
+            ("tokens_per_second", "tokens a second"),
+            include=(0.0,),
+        ),
     ]
 
 

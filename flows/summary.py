@@ -25,7 +25,7 @@ from pipeline.progress import duration
 from pipeline.run_directory import STAGES, RunDirectory, write_json
 from pipeline.run_state import SAMPLES
 from stages.inputs import stages_of
-from stages.launch import StageResult, stage_result
+from stages.launch import StageResult, available_cores, stage_result
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "prefect")
 
@@ -55,6 +55,7 @@ def write_summary(loaded: LoadedConfig, results: Sequence[StageResult | None], s
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
+        "machine": machine(),
         "stages": {
             name: {
                 "seconds": done[name].seconds,
@@ -94,6 +95,26 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> dict[str, str]:
+    """Where it ran, as far as the operating system tells without being asked for long."""
+    found = {"system": platform.platform(), "cores": str(available_cores())}
+    with contextlib.suppress(OSError, StopIteration):
+        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        found["processor"] = cpu.partition(":")[2].strip()
+    gpus = [name for path in Path("/proc/driver/nvidia/gpus").glob("*/information") if (name := _gpu_name(path))]
+    if gpus:
+        found["gpus"] = ", ".join(gpus)
+    return found
+
+
+def _gpu_name(path: Path) -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        return (
+            next(line for line in path.read_text().splitlines() if line.startswith("Model")).partition(":")[2].strip()
+        )
+    return ""
+
+
 def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Print the table of stages, and the answers before and after."""
     table = Table(title=f"Run {summary['run_dir']}", title_justify="left", show_lines=True)
@@ -123,7 +144,10 @@ def figures_of(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
             count = f", n={number_text(value['n'])}" if "n" in value else ""
-            yield name, f"{number_text(value['value'])} [{number_text(value['low'])}, {number_text(value['high'])}{count}]"
+            yield (
+                name,
+                f"{number_text(value['value'])} [{number_text(value['low'])}, {number_text(value['high'])}{count}]",
+            )
         elif isinstance(value, Mapping):
             yield from figures_of(value, f"{name}.")
         elif not isinstance(value, (list, tuple)):

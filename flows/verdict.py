@@ -130,15 +130,15 @@ def judgements_of(state: RunState) -> Iterator[Judgement]:
 def as_estimate(figure: Any) -> Estimate | None:
     """A figure of a manifest as an estimate; None where it is none."""
     try:
-        found = Estimate(*(float(figure[name]) for name in ("value", "low", "high")), n=int(figure["n"]))
+        found = Estimate(float(figure["value"]), float(figure["low"]), float(figure["high"]), int(figure["n"]))
     except (KeyError, TypeError, ValueError):
         return None
     return found if math.isfinite(found.value) else None
 
 
 def progress_of(stage: StageState) -> str:
-    """`round 7 of 16` where that is known, else `54%`, else nothing."""
-    if stage.done is None:
+    """`54%` of a stage that is under way or was cut off, where that is known; else nothing."""
+    if stage.done is None or stage.status not in ("going", "starting", "interrupted", "failed"):
         return ""
     return f"{100 * stage.done:.0f}%"
 
@@ -175,8 +175,8 @@ def _cautions(state: RunState, first: Judgement, others: Sequence[Judgement]) ->
         ratio = lengths[1].value / lengths[0].value
         if not 2 / 3 <= ratio <= 1.5:
             yield (
-                f"The answers' mean length goes from {lengths[0].value:.0f} to {lengths[1].value:.0f} tokens: see whether"
-                " length is what the judge likes."
+                f"The answers' mean length goes from {lengths[0].value:.0f} to {lengths[1].value:.0f} tokens: see"
+                " whether length is what the judge likes."
             )
     stage = state.stages["evaluate"]
     if stage.status not in ("finished", "going"):

@@ -179,7 +179,9 @@ def find_runs(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunDirectoryError("there is no such folder", where=str(folder), remedy="Name the folder that runs lie in.")
+        raise RunDirectoryError(
+            "there is no such folder", where=str(folder), remedy="Name the folder that runs lie in."
+        )
     if is_run(folder):
         return [folder]
     near = [path for path in sorted(folder.iterdir()) if path.is_dir()]

@@ -1,4 +1,4 @@
-"""Is a reward model any good? What its scores of pairs say, of which people (or a judge) preferred one answer.
+"""Is a reward model any good? What its scores of pairs say, of which people or a judge preferred one answer.
 
 The model's opinion of a pair is p = sigmoid(r_chosen - r_rejected), the probability that it gives to the preference
 that people had (Bradley and Terry 1952). It is right where p > 1/2, and sure of itself by max(p, 1 - p). No torch, so
@@ -57,7 +57,7 @@ class ScoredPair:
 
     @property
     def probability(self) -> float:
-        """What the model gives to people's preference."""
+        """What the model gives to the preference of the data."""
         return 1.0 / (1.0 + math.exp(-self.lead)) if self.lead >= 0 else 1.0 - 1.0 / (1.0 + math.exp(self.lead))
 
     @property
@@ -90,7 +90,7 @@ class Bin:
 class Baseline:
     """A rule that knows nothing of meaning.
 
-    `accuracy` is how often it agrees with people, `agreement` how often with the model. `model_where_right` is the
+    `accuracy` is how often it agrees with the data, `agreement` how often with the model. `model_where_right` is the
     model's accuracy on the pairs that the rule gets right, `model_where_wrong` on the others; None without such pairs.
     """
 
@@ -109,20 +109,18 @@ def parse_pair(row: Any) -> ScoredPair:
     """
     if not isinstance(row, Mapping):
         raise ValueError("not a JSON object")
-    numbers: dict[str, Any] = {}
+    found: dict[str, Any] = {name: row.get(name) for name in ("prompt", "chosen", "rejected")}
     for name in ("score_chosen", "score_rejected", "characters_chosen", "characters_rejected", "row"):
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{name} is no number")
-        numbers[name] = value
+        found[name] = value
     margin, columns = row.get("margin"), row.get("columns")
-    texts = {name: row.get(name) for name in ("prompt", "chosen", "rejected")}
     return ScoredPair(
         source=str(row.get("source", "")),
         margin=float(margin) if isinstance(margin, (int, float)) and math.isfinite(margin) else None,
         columns=columns if isinstance(columns, Mapping) else {},
-        **numbers,
-        **texts,
+        **found,
     )
 
 
@@ -277,9 +275,7 @@ def _in_slice(value: float, low: float, high: float) -> bool:
     return low <= value < high if high < 0 else low < value <= high
 
 
-def _by_size(
-    pairs: Sequence[ScoredPair], size: Callable[[ScoredPair], float]
-) -> list[tuple[str, list[ScoredPair]]]:
+def _by_size(pairs: Sequence[ScoredPair], size: Callable[[ScoredPair], float]) -> list[tuple[str, list[ScoredPair]]]:
     """Three or four parts of about the same number of pairs, by size; equal sizes stay together."""
     ordered = sorted(pairs, key=size)
     parts = 4 if len(ordered) >= 40 else 3
@@ -293,9 +289,7 @@ def _by_size(
     return cut
 
 
-def _by_value(
-    pairs: Sequence[ScoredPair], value: Callable[[ScoredPair], str]
-) -> list[tuple[str, list[ScoredPair]]]:
+def _by_value(pairs: Sequence[ScoredPair], value: Callable[[ScoredPair], str]) -> list[tuple[str, list[ScoredPair]]]:
     """A part a value, the largest first."""
     groups: dict[str, list[ScoredPair]] = {}
     for pair in pairs:

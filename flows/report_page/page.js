@@ -38,8 +38,9 @@
     runs.forEach((one) => one.classList.toggle("shown", one === run));
     pages.forEach((one) => one.classList.toggle("shown", one === page));
     all(".pages a", run).forEach((link) => {
-      if (link.dataset.to === page.dataset.page) link.setAttribute("aria-current", "page");
-      else link.removeAttribute("aria-current");
+      if (link.dataset.to !== page.dataset.page) { link.removeAttribute("aria-current"); return; }
+      link.setAttribute("aria-current", "page");
+      link.parentElement.scrollLeft = link.offsetLeft - (root.clientWidth - link.offsetWidth) / 2;
     });
     if (choose) choose.value = run.dataset.run;
     tip.hidden = true;
