@@ -59,7 +59,7 @@ def judge_pairs(loaded: LoadedConfig, files: Sequence[str], max_length: int, dis
 
 
 def table_of(name: str, pairs: Sequence[ScoredPair]) -> Table:
-    """Accuracy by subset with 95% intervals, that of all pairs, and the mean over subsets, which weighs them equally."""
+    """Accuracy by subset with 95% intervals, that of all pairs, and the mean over subsets, each of equal weight."""
     table = Table(title=name, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("subset", overflow="fold")
     for column in ("pairs", "accuracy", "95% interval", "longer wins"):

@@ -207,13 +207,24 @@ def _runs_nearby(root: Path) -> str:
 def _stages(
     run: RunDirectory, config: Mapping[str, Any], faults: list[str], *, with_files: bool
 ) -> dict[StageName, StageState]:
-    at_work = holder(run.lock)
+    names = [name for name in STAGES if name != "reward" or _has_reward_stage(run, config)]
+    at_work, since = _at_work(run, names)
     found = {
-        name: _stage(name, run, config, at_work, faults, with_files=with_files)
-        for name in STAGES
-        if name != "reward" or _has_reward_stage(run, config)
+        name: _stage(name, run, config, since if name == at_work else None, faults, with_files=with_files)
+        for name in names
     }
     return {name: _as_of_its_parents(stage, found) for name, stage in found.items()}
+
+
+def _at_work(run: RunDirectory, names: Sequence[StageName]) -> tuple[StageName | None, str]:
+    """The stage that a process is at, and since when. Of one that could not say so, the first that has no result."""
+    found = holder(run.lock)
+    if found is None:
+        return None, ""
+    since = f"since {found.get('since', 'a while')}"
+    if "work" not in found:
+        return next((name for name in names if not run.stage(name).exists()), None), since
+    return next((name for name in names if f"the {name} stage" in str(found["work"])), None), since
 
 
 def _has_reward_stage(run: RunDirectory, config: Mapping[str, Any]) -> bool:
@@ -228,7 +239,7 @@ def _stage(
     name: StageName,
     run: RunDirectory,
     config: Mapping[str, Any],
-    at_work: Mapping[str, Any] | None,
+    at_work_since: str | None,
     faults: list[str],
     *,
     with_files: bool,
@@ -248,8 +259,8 @@ def _stage(
         return StageState(name, status, reason, manifest, metrics, _share_done(name, metrics, config, unfinished))
 
     log = _log_of_last_start(run.log(name))
-    if at_work is not None and f"the {name} stage" in str(at_work.get("work", f"the {name} stage")):
-        return state("going", f"since {at_work.get('since', 'a while')}")
+    if at_work_since is not None:
+        return state("going", at_work_since)
     if damage:
         return state("damaged", damage)
     newer = log is not None and (manifest is None or log.changed > _mtime(run.stage(name) / MANIFEST) + 1.0)

@@ -80,7 +80,7 @@ def _source(file: str) -> DataSource:
         raise ConfigError(
             f"'{file}' names no data: {reason}",
             where="judge-pairs",
-            remedy="Give a path, a hub id, or a source as in a config: '{path: allenai/reward-bench, split: filtered}'.",
+            remedy="Give a path, a hub id, or a source: '{path: allenai/reward-bench, split: filtered}'.",
         ) from None
     return source.model_copy(update={"path": _absolute(source.path)}) if is_local_source(source.path) else source
 
@@ -237,8 +237,8 @@ def _warnings(file: PairFile, conversations: bool | None) -> Iterator[str]:
         )
     elif conversations is False and plain < len(file.comparisons):
         yield (
-            f"warning: {file.name}: {len(file.comparisons) - plain} pairs are conversations, but the reward model learnt"
-            " plain text and never saw the template."
+            f"warning: {file.name}: {len(file.comparisons) - plain} pairs are conversations, but the reward model"
+            " learnt plain text and never saw the template."
         )
 
 
