@@ -66,7 +66,7 @@ def render(states: Sequence[RunState]) -> str:
         "chart": _drawn,
     }
     views = [RunView(state, name) for state, name in zip(states, _names(states), strict=True)]
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         runs=views,
         comparison=Comparison(views) if len(views) > 1 else None,
         style=Markup(_asset("page.css")),
@@ -74,6 +74,7 @@ def render(states: Sequence[RunState]) -> str:
         version=pipeline.__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+    return page.lstrip()
 
 
 def _drawn(chart: Chart) -> Markup:

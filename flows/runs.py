@@ -56,7 +56,7 @@ def show_runs(folder: Path, console: Console) -> None:
     states = [read_run(path, with_files=False) for path in found]
     if not console.is_terminal:
         for state in states:
-            console.print(_line(state), markup=False, highlight=False, soft_wrap=True)
+            console.file.write(_line(state) + "\n")  # As it is: rich would make spaces of the tabs.
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("run", "status", "stages", "verdict", "changed"):

@@ -17,6 +17,7 @@ from pipeline.run_directory import STAGES, RunDirectory, StageName
 from pipeline.statistics import mean_interval, win_rate
 
 ROUNDS = 12
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='hacked=1'>\"'&"
 WORDS = ("tides", "bicycle", "soup", "guitar", "garden", "letter")
 
 
@@ -26,7 +27,7 @@ def answers(count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
     rows = []
     for number in range(count):
         word = WORDS[number % len(WORDS)]
-        gold = {"sft": chance.uniform(0, 1), "ppo": chance.uniform(0.3, 1.3)}
+        gold = {"sft": chance.uniform(0, 1), "ppo": chance.uniform(0.5, 1.5)}
         rows.append(
             {
                 "prompt": [{"role": "user", "content": f"Question {number} about the {word}?"}],
@@ -156,3 +157,50 @@ def write_samples(run: RunDirectory, rounds: int = ROUNDS) -> None:
     path = run.metrics("ppo").with_name("ppo_samples.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(lines(rows))
+
+
+def hostile_run(folder: Path) -> Path:
+    """A run in which every text that data, models and settings bring is HTML."""
+    loaded = load_config(light_config(folder, run_dir=str(folder / "run <b>&")), [])
+    run = RunDirectory.open(loaded)
+    rows = answers(5)
+    for row in rows:
+        row |= {
+            "prompt": [{"role": HOSTILE, "content": HOSTILE}],
+            "sft": HOSTILE,
+            "ppo": f"{HOSTILE} x",
+            "source": HOSTILE,
+        }
+        row["scores"][HOSTILE] = {"sft": 0.1, "ppo": 0.2}
+    figures = judged(rows)
+    figures["win_rate"][HOSTILE] = figures["win_rate"]["gold"]
+    figures[HOSTILE] = HOSTILE
+    report = {"source": HOSTILE, "side": HOSTILE, "format": HOSTILE, "read": 2, "kept": 1, "dropped": {HOSTILE: 1}}
+    hard = pairs(30)
+    for row in hard:
+        row |= {
+            "source": HOSTILE,
+            "chosen": HOSTILE,
+            "rejected": f"{HOSTILE} y",
+            "prompt": HOSTILE,
+            "score_rejected": 9.0,
+        }
+        row["columns"] = {HOSTILE: f"{HOSTILE}{row['row'] % 2}", "subset": f"{HOSTILE}{row['row'] % 3}"}
+    write_metrics(run, "ppo", **{f"score/{HOSTILE}": [0.1] * 12, "score/other": [0.2] * 12})
+    publish("sft", loaded, run, extra={"data": [report]})
+    publish("reward", loaded, run, files={"held_out.jsonl": lines(hard)})
+    publish("ppo", loaded, run, extra={"gates": {HOSTILE: 1.0}})
+    publish("evaluate", loaded, run, metrics=figures, files={"answers.jsonl": lines(rows)})
+    folder = run.judged_pairs("bench")
+    folder.mkdir(parents=True)
+    (folder / "scored.jsonl").write_text(lines(hard))
+    (folder / "about.json").write_text(json.dumps({"file": HOSTILE, "dropped": {HOSTILE: 3}}))
+    samples = [{"step": HOSTILE, "prompt": HOSTILE, "response": HOSTILE, "score": HOSTILE}]
+    run.metrics("ppo").with_name("ppo_samples.jsonl").write_text(lines(samples))
+    run.log("sft").parent.mkdir()
+    run.log("sft").write_text(f"--- now sft x\nthe sft stage failed: {HOSTILE}\n")
+    origins = {"config": HOSTILE, "overrides": [HOSTILE], "settings": [[HOSTILE, HOSTILE, HOSTILE]]}
+    (run.root / "origins.json").write_text(json.dumps(origins))
+    summary = {"versions": {HOSTILE: HOSTILE}, "machine": {HOSTILE: HOSTILE}, "started": HOSTILE}
+    run.summary.write_text(json.dumps(summary))
+    return run.root

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from finished_stages import light_config, publish
-from reported_run import answers, judged, lines, pairs, whole_run, write_metrics, write_samples
+from reported_run import HOSTILE, answers, hostile_run, judged, lines, whole_run, write_metrics, write_samples
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
@@ -21,8 +21,6 @@ from pipeline.config_file import load_config
 from pipeline.errors import RunDirectoryError
 from pipeline.run_directory import RunDirectory
 from pipeline.run_state import read_run
-
-HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='hacked=1'>\"'&"
 
 
 class Seen(HTMLParser):
@@ -159,53 +157,6 @@ def test_conversations_are_read_turn_by_turn() -> None:
 # -- texts that are not to be obeyed
 
 
-def hostile_run(folder: Path) -> Path:
-    """A run in which every text that data, models and settings bring is HTML."""
-    loaded = load_config(light_config(folder, run_dir=str(folder / "run <b>&")), [])
-    run = RunDirectory.open(loaded)
-    rows = answers(5)
-    for row in rows:
-        row |= {
-            "prompt": [{"role": HOSTILE, "content": HOSTILE}],
-            "sft": HOSTILE,
-            "ppo": f"{HOSTILE} x",
-            "source": HOSTILE,
-        }
-        row["scores"][HOSTILE] = {"sft": 0.1, "ppo": 0.2}
-    figures = judged(rows)
-    figures["win_rate"][HOSTILE] = figures["win_rate"]["gold"]
-    figures[HOSTILE] = HOSTILE
-    report = {"source": HOSTILE, "side": HOSTILE, "format": HOSTILE, "read": 2, "kept": 1, "dropped": {HOSTILE: 1}}
-    hard = pairs(30)
-    for row in hard:
-        row |= {
-            "source": HOSTILE,
-            "chosen": HOSTILE,
-            "rejected": f"{HOSTILE} y",
-            "prompt": HOSTILE,
-            "score_rejected": 9.0,
-        }
-        row["columns"] = {HOSTILE: f"{HOSTILE}{row['row'] % 2}", "subset": f"{HOSTILE}{row['row'] % 3}"}
-    write_metrics(run, "ppo", **{f"score/{HOSTILE}": [0.1] * 12, "score/other": [0.2] * 12})
-    publish("sft", loaded, run, extra={"data": [report]})
-    publish("reward", loaded, run, files={"held_out.jsonl": lines(hard)})
-    publish("ppo", loaded, run, extra={"gates": {HOSTILE: 1.0}})
-    publish("evaluate", loaded, run, metrics=figures, files={"answers.jsonl": lines(rows)})
-    folder = run.judged_pairs("bench")
-    folder.mkdir(parents=True)
-    (folder / "scored.jsonl").write_text(lines(hard))
-    (folder / "about.json").write_text(json.dumps({"file": HOSTILE, "dropped": {HOSTILE: 3}}))
-    samples = [{"step": HOSTILE, "prompt": HOSTILE, "response": HOSTILE, "score": HOSTILE}]
-    run.metrics("ppo").with_name("ppo_samples.jsonl").write_text(lines(samples))
-    run.log("sft").parent.mkdir()
-    run.log("sft").write_text(f"--- now sft x\nthe sft stage failed: {HOSTILE}\n")
-    origins = {"config": HOSTILE, "overrides": [HOSTILE], "settings": [[HOSTILE, HOSTILE, HOSTILE]]}
-    (run.root / "origins.json").write_text(json.dumps(origins))
-    summary = {"versions": {HOSTILE: HOSTILE}, "machine": {HOSTILE: HOSTILE}, "started": HOSTILE}
-    run.summary.write_text(json.dumps(summary))
-    return run.root
-
-
 def test_no_text_becomes_an_element(tmp_path: Path) -> None:
     page = page_of(hostile_run(tmp_path))
     assert [tag for tag, _ in page.elements].count("script") == 1, "the page's own"
@@ -283,6 +234,8 @@ def test_scores_that_are_no_numbers_break_nothing(tmp_path: Path) -> None:
     rows[3] |= {"sft": None, "ppo": ["a", "b"], "prompt": 7}
     loaded = load_config(light_config(tmp_path))
     run = RunDirectory.open(loaded)
+    for stage in ("sft", "reward", "ppo"):
+        publish(stage, loaded, run)  # type: ignore[arg-type]
     publish("evaluate", loaded, run, metrics=judged(answers(6)), files={"answers.jsonl": lines(rows)})
     assert len(page_of(run.root).having("data-outcome")) == 6
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Page, browser
-from reported_run import whole_run
-from test_report import hostile_run  # type: ignore[import-not-found]
+from reported_run import hostile_run, whole_run
 
 from flows.report import write_report
 
@@ -115,9 +114,9 @@ def test_the_search_finds_answers(tab: Page, report: Path) -> None:
     assert len(visible(tab, f"{page}article.answer[data-text]")) == 30
     tab.ask(CLICK.format(selector=f"{page}.more"))
     assert len(visible(tab, f"{page}article.answer[data-text]")) == 40
-    type_into(tab, f"{page}.search", "QUESTION 7 bicycle")
+    type_into(tab, f"{page}.search", "QUESTION 13 bicycle")
     (found,) = visible(tab, f"{page}article.answer[data-text]")
-    assert "Question 7 about the bicycle?" in found
+    assert "Question 13 about the bicycle?" in found
     assert visible(tab, f"{page}.found") == ["1 of 40"]
     type_into(tab, f"{page}.search", "nobody said this")
     assert visible(tab, f"{page}.none") == ["Nothing fits."]

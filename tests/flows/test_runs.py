@@ -79,7 +79,7 @@ def test_one_run(tmp_path: Path) -> None:
         assert said in result.stdout, said
     assert trivet("show", loaded.path).stdout == result.stdout
     absent = trivet("show", tmp_path / "absent")
-    assert absent.exit_code == 2 and "trivet runs FOLDER" in absent.stderr
+    assert absent.exit_code == 2 and "Runs there: " in absent.stderr
 
 
 def test_an_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
