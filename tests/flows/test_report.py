@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from finished_stages import light_config, publish
 from reported_run import HOSTILE, answers, hostile_run, judged, lines, whole_run, write_metrics, write_samples
+from tiny_models import tiny_config
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
@@ -300,6 +301,24 @@ def test_a_stage_command_leaves_a_report(tmp_path: Path) -> None:
     report = RunDirectory(loaded.config.run_dir).report
     assert f"The report: {report}" in result.stdout.replace("\n", "")
     assert "torch" in Seen(report.read_text()).text, "the versions of the summary"
+
+
+def test_a_stage_that_fails_says_so_on_the_page(tmp_path: Path) -> None:
+    """The real thing: a stage in processes of its own that ends with an error."""
+    (tmp_path / "rows.py").write_text(
+        "import os\n"
+        "def rows():\n"
+        "    if os.environ.get('TRIVET_PROGRESS'): raise ValueError('no rows <b>today</b>')\n"  # as in a stage alone
+        "    yield {'prompt': 'p', 'completion': 'c'}\n"
+    )
+    loaded = tiny_config(tmp_path)
+    result = trivet("sft", loaded.path, f"data.instructions.sources={tmp_path}/rows.py:rows")
+    assert result.exit_code != 0
+    state = read_run(loaded.config.run_dir)
+    assert state.stages["sft"].status == "failed", state.stages["sft"]
+    page = Seen(RunDirectory(loaded.config.run_dir).report.read_text())
+    assert "sft failed" in page.text and "no rows <b>today</b>" in page.text
+    assert "sft failed, reward waiting" in trivet("runs", loaded.config.run_dir).stdout
 
 
 def test_a_report_is_kept_up_while_the_run_goes_on_and_when_it_fails(tmp_path: Path, monkeypatch: Any) -> None:

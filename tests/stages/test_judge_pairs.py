@@ -153,7 +153,7 @@ def test_the_command_prints_accuracy_by_subset_and_fills_the_report(trained: Loa
         assert text in result.stdout, text
     page = run.report.read_text()
     assert "mybench.jsonl" in page and "safety" in page
-    assert "judge_pairs" in (run.root / "logs" / "judge_pairs.log").read_text()
+    assert "--pairs=" in (run.root / "logs" / "judge_pairs.log").read_text()
 
 
 def test_faults_are_found_before_a_model_is_loaded(tmp_path: Path) -> None:
