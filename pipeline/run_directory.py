@@ -142,7 +142,11 @@ class RunDirectory:
         for draft in self.root.glob("working/**/.draft-*"):
             shutil.rmtree(draft, ignore_errors=True)
         # Processes without the lock, such as a flow that writes its summary, may have files in the making.
-        for draft in [*self.root.glob(".*.json-*"), *self.root.glob("metrics/.*.jsonl-*")]:
+        for draft in [
+            *self.root.glob(".*.json-*"),
+            *self.root.glob(".*.html-*"),
+            *self.root.glob("metrics/.*.jsonl-*"),
+        ]:
             if time.time() - draft.stat().st_mtime > _SECONDS_OF_A_FILE:
                 draft.unlink(missing_ok=True)
 
