@@ -20,6 +20,7 @@ from stages.interruption import EXIT_INTERRUPTED, StoppedInOrder
 if TYPE_CHECKING:
     from flows.display import Display
     from pipeline.config_file import LoadedConfig
+    from pipeline.progress import ProgressUpdate
     from pipeline.run_directory import StageName
 
 EXIT_USER_ERROR = 2
@@ -155,6 +156,83 @@ def data(config: Config, overrides: Overrides = None) -> None:
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
 
 
+Runs = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/quickstart.", show_default=False),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, or its config.", show_default=False)]
+
+
+@app.command()
+def report(
+    folders: Runs,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to. Default: report.html in the run's folder.", show_default=False),
+    ] = None,
+) -> None:
+    """Write the page of a run, or of several beside each other, finished or not: one file, to open in a browser."""
+    from flows.report import run_folder, write_report
+
+    print(f"The report: {write_report([run_folder(folder) for folder in folders], output)}")
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.", show_default=False)] = Path(
+        "runs"
+    ),
+) -> None:
+    """List the runs in a folder (default: runs): which stages are finished, and which policy is better."""
+    from rich.console import Console
+
+    from flows.runs import show_runs
+
+    show_runs(folder, Console())
+
+
+@app.command()
+def show(
+    folder: Run,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it until nothing works on it.")] = False,
+) -> None:
+    """Show one run: its stages, its key figures, the curves of PPO, and the last answer."""
+    from rich.console import Console
+
+    from flows.report import run_folder
+    from flows.runs import show_run, watch_run
+
+    (watch_run if watch else show_run)(run_folder(folder), Console())
+
+
+@app.command(name="judge-pairs")
+def judge_pairs(
+    config: Config,
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE... [key=value]...",
+            help="Files of pairs (prompt, chosen, rejected, perhaps subset), or hub ids.",
+            show_default=False,
+        ),
+    ],
+    max_length: Annotated[
+        int, typer.Option("--max-length", min=8, help="Tokens of prompt and answer; longer pairs are left out.")
+    ] = 2048,
+) -> None:
+    """Judge a run's reward model on further pairs, such as RewardBench: accuracy by subset."""
+    from flows.judging import judge_pairs as judge
+    from flows.judging import split_arguments
+    from pipeline.errors import ConfigError
+
+    pairs, overrides = split_arguments(files)
+    if not pairs:
+        raise ConfigError("no file of pairs is named", where="judge-pairs", remedy="Name one after the config.")
+    loaded = _load(config, overrides)
+    with _shown() as display:
+        judge(loaded, pairs, max_length, display)
+
+
 Note = Annotated[str, typer.Option("--note", help="Why, or by whom; kept in the history.")]
 
 
@@ -235,15 +313,24 @@ def _run_stage(stage: StageName, loaded: LoadedConfig, *, force: bool, dry_run: 
     if dry_run:
         _print_plan(loaded, (stage,), force=force)
         return
+    from flows.report import kept_up
+    from pipeline.run_directory import RunDirectory
     from stages.launch import ensure_stage
 
     with _shown() as display:
-        started = datetime.now(UTC)
-        ensure_stage(stage, loaded, force=force, on_line=display.line, on_progress=display.progress)
-        if stage == "evaluate":  # the last one: what `trivet run` ends with
-            from flows.summary import finished_stages, show_summary, write_summary
+        started, run = datetime.now(UTC), RunDirectory(loaded.config.run_dir)
+        with kept_up(run.root, lambda warning: display.line(warning, "yellow")) as report:
 
-            show_summary(write_summary(loaded, finished_stages(loaded), started), display.console)
+            def on_progress(update: ProgressUpdate) -> None:
+                display.progress(update)
+                report.look()
+
+            ensure_stage(stage, loaded, force=force, on_line=display.line, on_progress=on_progress)
+            if stage == "evaluate":  # the last one: what `trivet run` ends with
+                from flows.summary import finished_stages, show_summary, write_summary
+
+                show_summary(write_summary(loaded, finished_stages(loaded), started), display.console)
+        display.line(f"The report: {run.report}", "dim")
 
 
 def _run_flow(loaded: LoadedConfig, *, force: bool) -> None:
@@ -267,7 +354,9 @@ def _run_flow(loaded: LoadedConfig, *, force: bool) -> None:
                 raise StoppedInOrder from None
             raise
         show_summary(summary, display.console)
-        display.line(f"All figures: {RunDirectory(loaded.config.run_dir).summary}")
+        run = RunDirectory(loaded.config.run_dir)
+        display.line(f"All figures: {run.summary}")
+        display.line(f"The report: {run.report}")
 
 
 @contextmanager

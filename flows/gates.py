@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import GateError
+from pipeline.run_directory import StageName
 from stages.launch import StageResult
 
 
@@ -38,21 +39,26 @@ class Verdict:
 
 
 def verdicts(result: StageResult, config: PipelineConfig) -> Iterator[Verdict]:
-    """The gates that this stage's figures stand at; none where the config sets no threshold for it."""
-    gates, metrics = config.gates, result.metrics
-    if result.stage == "sft" and gates.max_sft_loss is not None:
+    """The gates that a result stands at."""
+    return verdicts_on(result.stage, result.metrics, config)
+
+
+def verdicts_on(stage: StageName, metrics: Mapping[str, Any], config: PipelineConfig) -> Iterator[Verdict]:
+    """The gates that a stage's figures stand at; none where the config sets no threshold for it."""
+    gates = config.gates
+    if stage == "sft" and gates.max_sft_loss is not None:
         loss = metrics.get("held_out_loss_after")
         yield Verdict("gates.max_sft_loss", "held-out loss", _number(loss), gates.max_sft_loss, "at most")
-    if result.stage == "reward" and gates.min_reward_accuracy is not None:
+    if stage == "reward" and gates.min_reward_accuracy is not None:
         low = metrics["held_out_accuracy"]["low"]
         figure = "lower bound of the accuracy on held-out pairs"
         yield Verdict("gates.min_reward_accuracy", figure, _number(low), gates.min_reward_accuracy, "at least")
-    if result.stage == "ppo" and gates.max_kl is not None:
+    if stage == "ppo" and gates.max_kl is not None:
         kl = metrics["kl/policy_reference_k1"]
         yield Verdict(
             "gates.max_kl", "KL of the last round to SFT, in nats an answer,", _number(kl), gates.max_kl, "at most"
         )
-    if result.stage == "evaluate":
+    if stage == "evaluate":
         yield from _of_the_evaluation(metrics, config)
 
 

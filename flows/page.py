@@ -19,11 +19,12 @@ from uuid import UUID
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
 from flows.curves import as_markdown, draw, read_curves
-from flows.summary import SAMPLES, as_text, figures_of, key_figures
+from flows.summary import as_text, figures_of, key_figures
 from pipeline.artifacts import read_manifest
 from pipeline.memory import megabytes
 from pipeline.progress import ProgressUpdate, duration
 from pipeline.run_directory import RunDirectory, StageName
+from pipeline.run_state import SAMPLES
 from stages.launch import StageResult
 
 _SECONDS_BETWEEN_UPDATES = 5.0

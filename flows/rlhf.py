@@ -15,6 +15,7 @@ from prefect.logging import get_run_logger
 from flows.approval import promote_policy
 from flows.page import page_only, show_run
 from flows.parameters import ConfigFile, Overrides
+from flows.report import LiveReport
 from flows.summary import write_summary
 from flows.tasks import Order, evaluate, train_ppo, train_reward, train_sft
 from pipeline.config_file import load_config
@@ -40,6 +41,7 @@ def align(config: ConfigFile, overrides: Overrides = None, force: bool = False) 
     judgement = evaluate(order, sft, reward, ppo)
 
     summary = write_summary(loaded, [sft, reward, ppo, judgement], started)
+    LiveReport(loaded.config.run_dir, get_run_logger().warning).write()  # The summary is in it now.
     with page_only(get_run_logger()):
         show_run(summary)
     promote_policy(order, judgement)

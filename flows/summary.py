@@ -23,11 +23,9 @@ from pipeline.errors import ArtifactError
 from pipeline.memory import megabytes
 from pipeline.progress import duration
 from pipeline.run_directory import STAGES, RunDirectory, write_json
+from pipeline.run_state import SAMPLES
 from stages.inputs import stages_of
-from stages.launch import StageResult, stage_result
-
-SAMPLES = "samples.json"
-"""The evaluation's side-by-side answers, in its folder."""
+from stages.launch import StageResult, available_cores, stage_result
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "prefect")
 
@@ -57,6 +55,7 @@ def write_summary(loaded: LoadedConfig, results: Sequence[StageResult | None], s
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
+        "machine": machine(),
         "stages": {
             name: {
                 "seconds": done[name].seconds,
@@ -96,6 +95,26 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> dict[str, str]:
+    """Where it ran, as far as the operating system tells without being asked for long."""
+    found = {"system": platform.platform(), "cores": str(available_cores())}
+    with contextlib.suppress(OSError, StopIteration):
+        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        found["processor"] = cpu.partition(":")[2].strip()
+    gpus = [name for path in Path("/proc/driver/nvidia/gpus").glob("*/information") if (name := _gpu_name(path))]
+    if gpus:
+        found["gpus"] = ", ".join(gpus)
+    return found
+
+
+def _gpu_name(path: Path) -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        return (
+            next(line for line in path.read_text().splitlines() if line.startswith("Model")).partition(":")[2].strip()
+        )
+    return ""
+
+
 def show_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Print the table of stages, and the answers before and after."""
     table = Table(title=f"Run {summary['run_dir']}", title_justify="left", show_lines=True)
@@ -124,15 +143,19 @@ def figures_of(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
     for key, value in metrics.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys():
-            count = f", n={_number(value['n'])}" if "n" in value else ""
-            yield name, f"{_number(value['value'])} [{_number(value['low'])}, {_number(value['high'])}{count}]"
+            count = f", n={number_text(value['n'])}" if "n" in value else ""
+            yield (
+                name,
+                f"{number_text(value['value'])} [{number_text(value['low'])}, {number_text(value['high'])}{count}]",
+            )
         elif isinstance(value, Mapping):
             yield from figures_of(value, f"{name}.")
         elif not isinstance(value, (list, tuple)):
-            yield name, _number(value)
+            yield name, number_text(value)
 
 
-def _number(value: Any) -> str:
+def number_text(value: Any) -> str:
+    """A figure for people, with four digits at the most; `-` where there is none."""
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
     return "-" if value is None else str(value)
@@ -148,7 +171,7 @@ def samples(path: Path) -> Iterator[RenderableType]:
         body = Text()
         body.append(f"{as_text(entry['prompt']).strip()}\n", style="bold")
         for label in ("sft", "ppo"):
-            score = f" ({entry['judge']} {_number(entry['scores'][label])})"
+            score = f" ({entry['judge']} {number_text(entry['scores'][label])})"
             body.append(f"\n{label.upper()}{score}: ", style="cyan" if label == "sft" else "green")
             body.append(as_text(entry[label]).strip() or "(nothing)")
         yield Panel(body)

@@ -21,6 +21,7 @@ from prefect.states import Completed
 from flows.display import current_display
 from flows.gates import require_passed
 from flows.page import LiveProgress, bounded, page_only, show_curves
+from flows.report import kept_up
 from pipeline.config_file import load_config
 from pipeline.progress import ProgressUpdate
 from pipeline.run_directory import RunDirectory, StageName
@@ -98,11 +99,12 @@ def _run(stage: StageName, order: Order) -> Outcome:
     loaded = load_config(order.config, order.overrides)
     run = RunDirectory(loaded.config.run_dir)
     display = current_display()
-    with LiveProgress(stage, log).running() as live:
+    with LiveProgress(stage, log).running() as live, kept_up(run.root, log.warning) as report:
         log_progress = _log_now_and_then(log.info)
 
         def on_progress(update: ProgressUpdate) -> None:
             live.show(update)
+            report.look()
             (display.progress if display else log_progress)(update)
 
         result = ensure_stage(

@@ -135,8 +135,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST, seal(asdict(manifest)))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, *, with_files: bool = True) -> Manifest:
     """Read a stage's manifest and verify it and every file against it.
+
+    Args:
+        folder: of the finished stage.
+        with_files: verify the files too, which reads all of them. Without, only the manifest itself: enough to tell
+            of a stage, not to build on it.
 
     Raises:
         ArtifactError: the stage is absent, its manifest was edited, or a file is missing or differs from its digest.
@@ -158,17 +163,34 @@ def read_manifest(folder: Path) -> Manifest:
             where=str(path),
             remedy="Upgrade trivet, or choose another folder with run_dir=...; --force puts a new result in its place.",
         )
-    content = unseal(content, path, _again(folder))
+    manifest = _as_manifest(unseal(content, path, _again(folder)), folder)
+    if with_files:
+        _verify_files(folder, manifest)
+    return manifest
+
+
+def read_unverified(folder: Path) -> Manifest | None:
+    """What a manifest says that may be damaged, edited or too old: to be shown, never to be built on. None where it
+    says nothing."""
     try:
-        manifest = _manifest_type().validate_python(content)
+        content = read_json(folder / MANIFEST)
+        content.pop(_CHECKSUM, None)
+        return _as_manifest(content, folder)
+    except (OSError, ValueError):
+        return None
+
+
+def _as_manifest(content: Mapping[str, Any], folder: Path) -> Manifest:
+    try:
+        return _manifest_type().validate_python(content)
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
         raise ArtifactError(
-            f"the manifest is not complete: {place}: {fault['msg']}", where=str(path), remedy=_again(folder)
+            f"the manifest is not complete: {place}: {fault['msg']}",
+            where=str(folder / MANIFEST),
+            remedy=_again(folder),
         ) from None
-    _verify_files(folder, manifest)
-    return manifest
 
 
 @functools.cache

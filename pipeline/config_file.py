@@ -40,19 +40,24 @@ class LoadedConfig:
 
     def lines(self) -> Iterator[str]:
         """The resolved config as `key: value  (origin)`, a line a value."""
+        settings = list(self.settings())
+        width = max(len(key) for key, _, _ in settings)
+        for key, value, origin in settings:
+            yield f"{key:<{width}}  {json.dumps(value):<28}  {origin}"
+
+    def settings(self) -> Iterator[tuple[str, Any, str]]:
+        """Every setting as its dotted key, its value, and where that came from, in words."""
         inherited = {
             "evaluate.max_new_tokens": ("ppo.max_new_tokens", self.config.evaluation_max_new_tokens),
             "evaluate.temperature": ("ppo.temperature", self.config.evaluation_temperature),
             "ppo.critic_learning_rate": ("ppo.learning_rate", self.config.ppo.learning_rate),
         }
-        flat = dict(flatten(self.config.model_dump(mode="json")))
-        width = max(len(key) for key in flat)
-        for key, value in flat.items():
+        for key, value in flatten(self.config.model_dump(mode="json")):
             origin: str = self.origins.get(key, "default")
             if value is None and key in inherited:
                 parent, value = inherited[key]
                 origin = f"inherited from {parent}"
-            yield f"{key:<{width}}  {json.dumps(value):<28}  {origin}"
+            yield key, value, origin
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:

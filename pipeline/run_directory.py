@@ -3,8 +3,11 @@
 RUN/
   run.json            what the run belongs to: its config's name and its base
   config.json         the resolved config of the last start
+  origins.json        the same setting by setting, with where each came from
   sft/ reward/ ppo/ evaluate/      finished stages, each with its manifest trivet.json
+  pairs/NAME/         a reward model's scores of a further file of pairs
   summary.json        the figures of all stages
+  report.html         all of this for people
   logs/STAGE.log      what the stage printed
   metrics/STAGE.jsonl a line of metrics a step
   working/STAGE/      what an unfinished stage keeps: checkpoints, samples
@@ -78,6 +81,7 @@ class RunDirectory:
                 run._tidy()
                 write_json(run.root / "run.json", _owner(loaded))
                 write_json(run.root / "config.json", loaded.config.model_dump(mode="json"))
+                write_json(run.root / "origins.json", _origins(loaded))
         return run
 
     @contextmanager
@@ -91,7 +95,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: another process works on it; says which one.
         """
-        with hold(self.root / "lock", work, warn):
+        with hold(self.lock, work, warn):
             yield
 
     def _check_owner(self, owner: dict[str, Any]) -> None:
@@ -138,7 +142,11 @@ class RunDirectory:
         for draft in self.root.glob("working/**/.draft-*"):
             shutil.rmtree(draft, ignore_errors=True)
         # Processes without the lock, such as a flow that writes its summary, may have files in the making.
-        for draft in [*self.root.glob(".*.json-*"), *self.root.glob("metrics/.*.jsonl-*")]:
+        for draft in [
+            *self.root.glob(".*.json-*"),
+            *self.root.glob(".*.html-*"),
+            *self.root.glob("metrics/.*.jsonl-*"),
+        ]:
             if time.time() - draft.stat().st_mtime > _SECONDS_OF_A_FILE:
                 draft.unlink(missing_ok=True)
 
@@ -165,10 +173,24 @@ class RunDirectory:
         """A JSON line a step."""
         return self.root / "metrics" / f"{name}.jsonl"
 
+    def judged_pairs(self, name: str) -> Path:
+        """Folder of the reward model's scores of a further file of pairs."""
+        return self.root / "pairs" / name
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that works on the run."""
+        return self.root / "lock"
+
     @property
     def summary(self) -> Path:
         """The figures of all stages."""
         return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """The page for people."""
+        return self.root / "report.html"
 
     @contextmanager
     def publish(self, name: StageName) -> Iterator[Path]:
@@ -211,6 +233,15 @@ def _owner(loaded: LoadedConfig) -> dict[str, Any]:
         "base_model": loaded.config.base.model,
         "base_revision": loaded.config.base.revision,
         "base_quantization": loaded.config.base.quantization,
+    }
+
+
+def _origins(loaded: LoadedConfig) -> dict[str, Any]:
+    """What was asked for, setting by setting."""
+    return {
+        "config": str(loaded.path.resolve()),
+        "overrides": list(loaded.overrides),
+        "settings": [list(setting) for setting in loaded.settings()],
     }
 
 

@@ -58,6 +58,33 @@ def hold(path: Path, work: str, warn: Callable[[str], None]) -> Iterator[None]:
         os.close(descriptor)
 
 
+def holder(path: Path) -> dict[str, Any] | None:
+    """Who holds a lock file, as it wrote itself down; empty where it did not. None: nobody does.
+
+    Looking takes no lock that would keep a start out, but for the moment of the look.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _written_down(path)
+    except OSError:  # A file system without locks: what stands there is all there is to know.
+        return _written_down(path) or None
+    finally:
+        os.close(descriptor)
+
+
+def _written_down(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def _acquire(descriptor: int, path: Path) -> None:
     deadline = time.monotonic() + _SECONDS_TO_TRY
     while True:
@@ -83,19 +110,16 @@ def _describe(descriptor: int, work: str) -> None:
 
 
 def _in_use(path: Path) -> RunDirectoryError:
-    holder: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        holder = found if isinstance(found, dict) else {}
-    if not holder:
+    known = _written_down(path)
+    if not known:
         who, stop = "another process", "stop it"
     else:
-        there = "" if holder.get("host") == socket.gethostname() else f" on {holder.get('host')}"
+        there = "" if known.get("host") == socket.gethostname() else f" on {known.get('host')}"
         who = (
-            f"process {holder.get('pid')}{there} has been at {holder.get('work')} since {holder.get('since')}"
-            f" ({holder.get('command')})"
+            f"process {known.get('pid')}{there} has been at {known.get('work')} since {known.get('since')}"
+            f" ({known.get('command')})"
         )
-        stop = f"stop it (kill {holder.get('pid')}{there})"
+        stop = f"stop it (kill {known.get('pid')}{there})"
     return RunDirectoryError(
         f"the run directory is in use: {who}",
         where=str(path.parent),

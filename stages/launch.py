@@ -113,7 +113,7 @@ def ensure_stage(
         return stage_result(stage, run, current, cached=True, reason=reason)
     if current is not None:
         reason = "run again on demand"
-    with device_lock(_device(loaded.config.launch), f"the {stage} stage of {run.root.resolve()}", on_line):
+    with device_lock(device_of(loaded.config.launch), f"the {stage} stage of {run.root.resolve()}", on_line):
         launch_stage(
             stage,
             loaded.path,
@@ -127,7 +127,8 @@ def ensure_stage(
     return stage_result(stage, run, read_manifest(run.stage(stage)), cached=False, reason=reason)
 
 
-def _device(launch: LaunchSettings) -> str | None:
+def device_of(launch: LaunchSettings) -> str | None:
+    """The name under which runs on this machine wait for each other; None where nothing waits."""
     if launch.device == "auto":
         return "gpu" if has_accelerator() else None
     return launch.device

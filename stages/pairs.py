@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline.chat import ChatFormat
-from pipeline.records import Comparison, Text
+from pipeline.records import Comparison, Text, as_plain
 from pipeline.roles import Roles
 from pipeline.scoring import score_rewards
 from pipeline.statistics import accuracy_longer_wins, win_rate
-
-HELD_OUT = "held_out.jsonl"
-"""File of the finished stage: a line a held-out pair, with its scores."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +63,17 @@ def held_out_metrics(pairs: Sequence[Pair], scores_P2: Tensor) -> dict[str, Any]
     }
 
 
-def write_held_out(path: Path, pairs: Sequence[Pair], scores_P2: Tensor) -> None:
-    """A JSON line a pair: where it came from, its scores and its lengths, for reports by source."""
+def write_scored(path: Path, pairs: Sequence[Pair], scores_P2: Tensor) -> None:
+    """A JSON line a pair, as `pipeline.scored_pairs` reads it: its origin, texts, scores and lengths."""
     with path.open("w", encoding="utf-8") as file:
         for pair, (chosen, rejected) in zip(pairs, scores_P2.tolist(), strict=True):
             row: Mapping[str, Any] = {
                 "source": pair.comparison.origin.source,
                 "row": pair.comparison.origin.row,
+                "prompt": as_plain(pair.comparison.prompt),
+                "chosen": as_plain(pair.comparison.chosen),
+                "rejected": as_plain(pair.comparison.rejected),
+                "margin": pair.comparison.margin,
                 "score_chosen": chosen,
                 "score_rejected": rejected,
                 "characters_chosen": characters(pair.comparison.chosen),

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -208,6 +209,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     if world.is_main:
         extra = {
+            "data": [asdict(report) for report in split.reports],
             "gates": measured,
             "iterations": position.iteration,
             "published": published,

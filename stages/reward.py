@@ -45,6 +45,7 @@ from pipeline.records import Comparison, Text
 from pipeline.rewards import Calibration
 from pipeline.roles import Roles, reward_model_for_training
 from pipeline.run_directory import RunDirectory
+from pipeline.scored_pairs import HELD_OUT
 from pipeline.scoring import require_finite, score_rewards
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
@@ -53,7 +54,7 @@ from stages.gates import require_fitting_parents, reward_probe
 from stages.inputs import stage_inputs
 from stages.interruption import deferred
 from stages.microbatches import Microbatch, cut_pairs
-from stages.pairs import HELD_OUT, Pair, correlation, held_out_metrics, score_pairs, tokenize, write_held_out
+from stages.pairs import Pair, correlation, held_out_metrics, score_pairs, tokenize, write_scored
 from stages.parts import Parts
 from stages.result import StageClock, finish
 from stages.trl_trainer import StageTrainer
@@ -130,7 +131,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     def save(folder: Path) -> None:
         roles.save("reward", folder)
-        write_held_out(folder / HELD_OUT, held_out_pairs, scores)
+        write_scored(folder / HELD_OUT, held_out_pairs, scores)
 
     metrics = {
         "train_loss": train_loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,23 @@ def light_config(folder: Path, **settings: Any) -> Path:
     return path
 
 
-def publish(stage: StageName, loaded: LoadedConfig, run: RunDirectory) -> Manifest:
-    """Finish a stage with made-up files."""
+def publish(
+    stage: StageName,
+    loaded: LoadedConfig,
+    run: RunDirectory,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Finish a stage with made-up files and figures, or with these."""
 
     def save(folder: Path) -> None:
         (folder / "adapter.txt").write_text(stage)
         if stage == "evaluate":
             (folder / "samples.json").write_text(json.dumps(SAMPLES))
+        for name, content in (files or {}).items():
+            (folder / name).write_text(content)
 
     identity = BaseIdentity(model="m", revision=None, weights="w", quantization="nf4", tokenizer="t", chat_template="c")
     return finish(
@@ -72,8 +83,9 @@ def publish(stage: StageName, loaded: LoadedConfig, run: RunDirectory) -> Manife
         inputs=stage_inputs(stage, loaded.config, run),
         base=identity,
         clock=StageClock(),
-        metrics=METRICS[stage],
+        metrics=METRICS[stage] if metrics is None else metrics,
         save=save,
+        extra=extra,
     )
 
 

@@ -34,6 +34,8 @@ SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
     f"tests/{name}.py"
     for name in ("stages/test_sft", "stages/test_reward", "pipeline/test_trl_options", "pipeline/test_scalar_head")
 )
+REPORT, RUN_STATE = "tests/flows/test_report.py", "tests/pipeline/test_run_state.py"
+JUDGE = "tests/stages/test_judge_pairs.py"
 
 
 @dataclass(frozen=True)
@@ -1115,6 +1117,122 @@ TABLE = (
         "            checkpoints.restore_best(state)\n",
         "",
         ("tests/stages/test_selection.py",),
+    ),
+    # ---- the report of a run
+    Mutation(
+        "report: what data and models say is HTML",
+        "flows/report.py",
+        "autoescape=True",
+        "autoescape=False",
+        (f"{REPORT}::test_no_text_becomes_an_element",),
+    ),
+    Mutation(
+        "report: marked answers are not escaped",
+        "flows/report_views.py",
+        'Markup("<mark>{}</mark>{}").format(said, text[len(said) :])',
+        'Markup(f"<mark>{said}</mark>{text[len(said) :]}")',
+        (f"{REPORT}::test_no_text_becomes_an_element",),
+    ),
+    Mutation(
+        "report: labels inside pictures are not escaped",
+        "flows/pipeline_picture.py",
+        "'. ' + escape(stage.reason) if",
+        "'. ' + stage.reason if",
+        (f"{REPORT}::test_no_text_becomes_an_element",),
+    ),
+    Mutation(
+        "report: gaps are bridged",
+        "flows/curves.py",
+        "            if run:\n                yield run\n            run = []\n        else:",
+        "            pass\n        else:",
+        ("tests/flows/test_curves.py::test_a_figure_that_was_not_finite_leaves_a_gap",),
+    ),
+    Mutation(
+        "report: spikes of long curves are dropped",
+        "flows/curves.py",
+        "chosen = {min(known)[1], max(known)[1]} if known else set()",
+        "chosen = {0} if known else set()",
+        ("tests/flows/test_curves.py::test_long_curves_are_thinned_and_keep_their_end_and_their_spikes",),
+    ),
+    Mutation(
+        "report: the verdict goes by the value, not by its interval",
+        "flows/verdict.py",
+        "if self.win_rate.low > 0.5:",
+        "if self.win_rate.value > 0.5:",
+        ("tests/flows/test_verdict.py::test_the_verdict_is_the_interval_s",),
+    ),
+    Mutation(
+        "report: the reward model decides over gold",
+        "flows/verdict.py",
+        'order = {"gold": 0, "reward_model": 1}',
+        'order = {"gold": 1, "reward_model": 0}',
+        ("tests/flows/test_verdict.py::test_gold_decides_and_the_others_are_told",),
+    ),
+    Mutation(
+        "report: results that were replaced still count",
+        "pipeline/run_state.py",
+        "if now is not None and now.digest != wanted:",
+        "if now is None and wanted:",
+        (f"{RUN_STATE}::test_a_stage_made_from_a_result_that_was_replaced_is_outdated",),
+    ),
+    Mutation(
+        "report: a verified stage is never verified again",
+        "pipeline/run_state.py",
+        "return status.st_size, status.st_mtime_ns",
+        "return 0, 0",
+        (f"{RUN_STATE}::test_a_file_that_changes_is_verified_again",),
+    ),
+    Mutation(
+        "report: a run that goes on looks interrupted",
+        "pipeline/run_lock.py",
+        "    except BlockingIOError:\n        return _written_down(path)\n    except OSError:",
+        "    except OSError:",
+        (f"{RUN_STATE}::test_the_stage_whose_process_holds_the_lock_is_going",),
+    ),
+    Mutation(
+        "report: a page that cannot be written ends the run",
+        "flows/report.py",
+        "        except Exception as error:\n            if not self._complained:",
+        "        except ImportError as error:\n            if not self._complained:",
+        (f"{REPORT}::test_a_report_that_cannot_be_written_stops_nothing",),
+    ),
+    Mutation(
+        "report: confidence is taken for the wrong answer",
+        "pipeline/scored_pairs.py",
+        "return max(pair.probability, 1.0 - pair.probability)",
+        "return pair.probability",
+        ("tests/pipeline/test_scored_pairs.py::test_the_calibration_error_is_its_definition",),
+    ),
+    Mutation(
+        "report: the calibration error weighs bins equally",
+        "pipeline/scored_pairs.py",
+        "one.accuracy.n / total * abs(",
+        "1 / len(bins) * abs(",
+        ("tests/pipeline/test_scored_pairs.py::test_the_calibration_error_is_its_definition",),
+    ),
+    Mutation(
+        "judge-pairs: plain text is judged without the template",
+        "stages/judge_pairs.py",
+        "if conversations and isinstance(pair.prompt, str)",
+        "if not conversations and isinstance(pair.prompt, str)",
+        (
+            f"{JUDGE}::test_plain_text_takes_the_form_that_was_learnt",
+            f"{JUDGE}::test_every_pair_is_scored_by_the_run_s_reward_adapter",
+        ),
+    ),
+    Mutation(
+        "judge-pairs: half of a file is held back",
+        "stages/judge_pairs.py",
+        "sorted([*split.train, *split.held_out], key",
+        "sorted(split.train, key",
+        (f"{JUDGE}::test_rows_files_and_names",),
+    ),
+    Mutation(
+        "terminal: a model's words command the terminal",
+        "flows/runs.py",
+        'if letter.isprintable() or letter == "\\n")',
+        "if letter)",
+        ("tests/flows/test_runs.py::test_a_model_cannot_command_the_terminal",),
     ),
 )
 

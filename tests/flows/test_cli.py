@@ -39,6 +39,8 @@ def test_help_names_every_command() -> None:
         output = trivet(*arguments).output
         for command in ("run", "sft", "reward", "ppo", "evaluate", "data", "doctor", "promote", "rollback", "up"):
             assert f" {command} " in output
+        for command in ("report", "runs", "show", "judge-pairs"):
+            assert f" {command} " in output
 
 
 @pytest.mark.parametrize("command", ["run", "sft", "reward", "ppo", "evaluate", "data"])

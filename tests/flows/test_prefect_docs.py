@@ -42,7 +42,7 @@ def test_the_config_is_valid(tmp_path: Path) -> None:
 
 def test_every_command_of_ours_exists() -> None:
     names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    shown = set(re.findall(r"^(?:\w+=\S+ )*trivet (\w+)", "\n".join(blocks("bash")) + "\n" + README, re.MULTILINE))
+    shown = set(re.findall(r"^(?:\w+=\S+ )*trivet ([\w-]+)", "\n".join(blocks("bash")) + "\n" + README, re.MULTILINE))
     assert {"up", "promote", "rollback", "run"} <= shown
     assert shown <= names
 

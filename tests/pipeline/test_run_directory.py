@@ -123,10 +123,11 @@ def test_what_killed_processes_left_goes_at_the_next_start(tmp_path):
     left = [run.root / ".sft-abcdefgh", run.root / ".sft-abcdefgh-replaced", run.working("ppo") / ".draft-xyz"]
     for folder in (*left, whole):
         folder.mkdir(parents=True)
-    for name in (".config.json-old", ".summary.json-new"):
+    for name in (".config.json-old", ".report.html-old", ".summary.json-new"):
         (run.root / name).write_text("{")
     an_hour_ago = time.time() - 3600
-    os.utime(run.root / ".config.json-old", (an_hour_ago, an_hour_ago))
+    for name in (".config.json-old", ".report.html-old"):
+        os.utime(run.root / name, (an_hour_ago, an_hour_ago))
     RunDirectory.open(loaded)
     assert not any(folder.exists() for folder in left) and whole.exists()
     assert (run.stage("sft") / "file").read_text() == "finished"

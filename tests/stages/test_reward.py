@@ -33,10 +33,11 @@ from pipeline.records import Comparison, Message, Origin
 from pipeline.rewards import Calibration
 from pipeline.roles import Roles, reward_model_for_training
 from pipeline.run_directory import RunDirectory
+from pipeline.scored_pairs import HELD_OUT
 from pipeline.scoring import score_rewards
 from pipeline.statistics import wilson_interval
 from pipeline.trl_options import reward_arguments
-from stages.pairs import HELD_OUT, Pair, correlation, tokenize
+from stages.pairs import Pair, correlation, tokenize
 
 WITHOUT_Z = "abcdefghijklmnopqrstuvwxy "
 
@@ -137,6 +138,10 @@ def test_the_figures_are_those_of_the_pairs(learned: tuple[LoadedConfig, Manifes
         assert row["source"].endswith("pairs.jsonl") and row["columns"] == {"group": original["group"]}
         assert row["characters_chosen"] == len(original["chosen"][0]["content"])
         assert row["characters_rejected"] == len(original["rejected"][0]["content"])
+        assert {name: row[name] for name in ("prompt", "chosen", "rejected")} == {
+            name: original[name] for name in ("prompt", "chosen", "rejected")
+        }
+        assert row["margin"] is None
 
 
 def loaded_roles(loaded: LoadedConfig) -> Roles:
