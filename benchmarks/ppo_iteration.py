@@ -154,9 +154,7 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     }
 
 
-def floor(
-    roles: Roles, ppo: PPOSettings, experience: Experience, world: World, iteration_seconds: float
-) -> dict[str, Any]:
+def floor(roles: Roles, ppo: PPOSettings, experience: Experience, iteration_seconds: float) -> dict[str, Any]:
     """The arithmetic that an iteration cannot do without, and no algorithm around it, timed in the same process.
 
     One generation of as many tokens by the same engine, greedily; a forward pass for the policy, the reference, the

@@ -5,6 +5,8 @@ Never imports torch by itself: a process that has not imported it uses no GPU.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -43,6 +45,16 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what this process has freed. On glibc; nothing happens elsewhere.
+
+    The C library keeps freed memory for later, in pieces that a phase of other sizes cannot use: 16 rounds of PPO on a
+    135M model grew from 2.1 to 3.2 GB by that alone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from pipeline.errors import DivergenceError
 from pipeline.generation import SamplingSettings, generate
 from pipeline.kl import kl_k1, kl_k3
 from pipeline.masking import length_mask, whiten
+from pipeline.memory import give_back_freed_memory
 from pipeline.memory_budget import MemoryBudget
 from pipeline.records import Prompt
 from pipeline.rewards import Calibration, RewardSum
@@ -220,6 +221,7 @@ def answer(
         ),
     )
     episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
+    give_back_freed_memory()
     sampled = time.monotonic()
     completions = [chat.decode(response.ids) for response in responses]
     raw_scores_B, terms = rewards(prompts, completions, [episode.ids for episode in episodes])

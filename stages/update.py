@@ -20,6 +20,7 @@ from pipeline.distributed import World
 from pipeline.errors import DivergenceError, StartupGateError
 from pipeline.generation import derive_seed
 from pipeline.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
+from pipeline.memory import give_back_freed_memory
 from pipeline.roles import Role, Roles
 from pipeline.scoring import batch_episodes, head_values, policy_logprobs
 from stages.experience import Budgets, Experience
@@ -142,6 +143,7 @@ class Updater:
             StartupGateError: on the first minibatch the ratio is not 1 within `ppo.ratio_tolerance`.
             Interrupted: the stage was asked to stop; `statistics` tell after how many steps.
         """
+        give_back_freed_memory()
         self._roles.training_mode(gradient_checkpointing=self._ppo.gradient_checkpointing)
         statistics = UpdateStatistics() if statistics is None else statistics
         minibatches = [
@@ -155,6 +157,7 @@ class Updater:
             first = statistics.steps == 0
             statistics.add(self._step(experience, rows, critic_only=critic_only, first=first, where=where))
         self._roles.inference_mode()
+        give_back_freed_memory()
         return statistics
 
     def _minibatches(self, responses: int, iteration: int, epoch: int) -> Iterator[list[int]]:
