@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,10 +166,12 @@ def hostile_run(folder: Path) -> Path:
     loaded = load_config(light_config(folder, run_dir=str(folder / "run <b>&")), [])
     run = RunDirectory.open(loaded)
     rows = answers(5)
-    for row in rows:
+    for number, row in enumerate(rows):
         row |= {
             "prompt": [{"role": HOSTILE, "content": HOSTILE}],
-            "sft": HOSTILE,
+            "sft": HOSTILE
+            if number % 2
+            else "Nothing alike.",  # so that both are shown, what differs and what does not
             "ppo": f"{HOSTILE} x",
             "source": HOSTILE,
         }
@@ -199,6 +203,7 @@ def hostile_run(folder: Path) -> Path:
     run.metrics("ppo").with_name("ppo_samples.jsonl").write_text(lines(samples))
     run.log("sft").parent.mkdir()
     run.log("sft").write_text(f"--- now sft x\nthe sft stage failed: {HOSTILE}\n")
+    os.utime(run.log("sft"), (time.time() + 60,) * 2)  # after the result: a second attempt
     origins = {"config": HOSTILE, "overrides": [HOSTILE], "settings": [[HOSTILE, HOSTILE, HOSTILE]]}
     (run.root / "origins.json").write_text(json.dumps(origins))
     summary = {"versions": {HOSTILE: HOSTILE}, "machine": {HOSTILE: HOSTILE}, "started": HOSTILE}
