@@ -1233,6 +1233,7 @@ TABLE = (
         'if letter.isprintable() or letter == "\\n")',
         "if letter)",
         ("tests/flows/test_runs.py::test_a_model_cannot_command_the_terminal",),
+    ),
     # ---- memory and launch
     Mutation(
         "the plan forgets the norms' outputs that adapters read",
