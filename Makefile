@@ -24,9 +24,10 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## time one PPO iteration by phase, and what Prefect adds to a run
+bench: $(STAMP) ## time a PPO iteration and what Prefect adds to a run; planned and measured memory
 	$(BIN)/python benchmarks/ppo_iteration.py
 	$(BIN)/python benchmarks/prefect_overhead.py
+	$(BIN)/python benchmarks/memory_plan.py
 
 environment: $(STAMP) ## only set up .venv
 

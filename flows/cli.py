@@ -233,6 +233,31 @@ def judge_pairs(
         judge(loaded, pairs, max_length, display)
 
 
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    card: Annotated[
+        str | None, typer.Option("--card", help="Plan for this card, such as 'RTX 4090'.", show_default=False)
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Plan for a card of this size, such as 24GB.", show_default=False)
+    ] = None,
+    as_data: Annotated[bool, typer.Option("--json", help="Print data instead of a table.")] = False,
+) -> None:
+    """Show how much memory each stage will take, whether it fits, and what would make it fit. Loads no model."""
+    import json
+
+    from flows.plan import as_json, examine_memory, plan_lines
+
+    shape, chosen, verdict = examine_memory(_load(config, overrides).config, card, memory)
+    if as_data:
+        print(json.dumps(as_json(shape, chosen, verdict), indent=2))
+        return
+    for line in plan_lines(shape, chosen, verdict):
+        print(line)
+
+
 Note = Annotated[str, typer.Option("--note", help="Why, or by whom; kept in the history.")]
 
 

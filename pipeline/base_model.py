@@ -6,6 +6,7 @@ The base is never trained. `fingerprint` proves that a stage left it as it was.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -115,10 +116,18 @@ def _quantization(base: BaseSettings, dtype: torch.dtype) -> BitsAndBytesConfig 
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=base.double_quantization,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=_quant_storage(base, dtype),
         )
     if base.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return None
+
+
+def _quant_storage(base: BaseSettings, dtype: torch.dtype) -> torch.dtype:
+    """What packed weights are kept as. FSDP shards floating numbers alone; Accelerate's launcher says that it is on."""
+    if base.quant_storage != "auto":
+        return cast(torch.dtype, getattr(torch, base.quant_storage))
+    return dtype if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") else torch.uint8
 
 
 def _quantization_name(base: BaseSettings, dtype: torch.dtype) -> str:

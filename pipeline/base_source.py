@@ -38,7 +38,7 @@ def locate(base: BaseSettings) -> BaseSource:
         BaseModelError: it is nowhere, or it has no weights that can be loaded without pickle.
     """
     if base.model.startswith(PACKAGE_PREFIX):
-        path = _in_package(base.model)
+        path = in_package(base.model)
     elif base.model.startswith(("/", ".", "~")) or os.path.exists(base.model):
         path = Path(base.model).expanduser()
     else:
@@ -119,7 +119,12 @@ def read_template(path: str) -> str:
         ) from None
 
 
-def _in_package(reference: str) -> Path:
+def in_package(reference: str) -> Path:
+    """The file that `package:NAME/FILE` names.
+
+    Raises:
+        BaseModelError: the package is not installed, or has no such file.
+    """
     name, slash, file = reference.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations or not slash:

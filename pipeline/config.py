@@ -32,6 +32,9 @@ class BaseSettings(Section):
     """How the base's linear layers are stored."""
     double_quantization: bool = True
     """For nf4: quantize the quantization constants too (saves about 0.4 bits a parameter)."""
+    quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = "auto"
+    """For nf4: the dtype that packed weights are kept as, bit for bit the same. `auto`: uint8, and under FSDP, which
+    shards no integers, what the base computes in."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the base computes in. `auto`: bfloat16 where the device has fast arithmetic for it, else float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
@@ -355,11 +358,35 @@ class LaunchSettings(Section):
 
     processes: int = Field(1, ge=1)
     """Processes on this machine, one a GPU."""
+    machines: int = Field(1, ge=1)
+    """Machines that work together, each with `processes`. The same command runs on each, with its own rank."""
+    machine_rank: int = Field(0, ge=0)
+    """Number of this machine, from 0: best given on the command line, `launch.machine_rank=1`."""
+    main_address: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]+$")
+    """Name or address of machine 0. None: there is one machine."""
+    main_port: int = Field(29500, ge=1, le=65535)
+    """Where machine 0 listens for the others."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: `ddp` keeps the whole base on each GPU, `fsdp` (FSDP2) a share of it. `auto`: ddp where
+    the stages fit each GPU that way, fsdp otherwise."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """For fsdp: what parameters are gathered in. The base computes in `base.dtype`, adapters stay in float32."""
+    cpu_offload: bool = False
+    """For fsdp: keep each GPU's share in main memory and fetch it layer by layer; slower."""
+    reshard_after_forward: bool = True
+    """For fsdp: give a layer's gathered weights back after its forward pass and gather them again. False is faster."""
+    card: str | None = None
+    """The card that the run is meant for: a name such as `RTX 4090`, or its memory, `24GB`. None: what is there."""
     accelerate_config: str | None = None
     """An Accelerate YAML file of your own, which then decides everything. None: made from this section."""
     device: str | None = Field("auto", pattern=r"^[A-Za-z0-9._-]+$")
     """Runs on this machine that give the same name here wait for each other's stages. `auto`: `gpu` where there is
     one, else nothing is waited for. None: never wait."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.processes * self.machines
 
 
 class GateSettings(Section):
@@ -447,7 +474,7 @@ class PipelineConfig(Section):
     def accumulation_steps(self, stage: Literal["sft", "reward"]) -> int:
         """Forward passes per process and optimizer step; exact, since `contradictions` saw to it."""
         section: TrainerSettings = getattr(self, stage)
-        return section.batch_size // (section.microbatch_size * self.launch.processes)
+        return section.batch_size // (section.microbatch_size * self.launch.world_size)
 
     @property
     def responses_per_iteration(self) -> int:
@@ -466,7 +493,7 @@ class PipelineConfig(Section):
             section: TrainerSettings = getattr(self, stage)
             rows = "rows" if stage == "sft" else "pairs"
             sentences.append(
-                f"{stage}: a step takes {section.batch_size} {rows} = {self.launch.processes} process(es)"
+                f"{stage}: a step takes {section.batch_size} {rows} = {self.launch.world_size} process(es)"
                 f" x {section.microbatch_size} at once x {self.accumulation_steps(stage)} accumulation step(s)."
             )
         ppo = self.ppo
@@ -482,23 +509,28 @@ class PipelineConfig(Section):
         )
         return sentences
 
+    @property
+    def _processes_key(self) -> str:
+        return "launch.processes" if self.launch.machines == 1 else "launch.processes x launch.machines"
+
     def contradictions(self) -> Iterator[str]:
         """Settings that do not go together: what was found, what was expected, which key to change."""
-        processes = self.launch.processes
+        processes = self.launch.world_size
         for stage in ("sft", "reward"):
             section: TrainerSettings = getattr(self, stage)
             step = section.microbatch_size * processes
             if section.batch_size % step:
                 yield (
                     f"{stage}.batch_size is {section.batch_size}, which is not a multiple of"
-                    f" {stage}.microbatch_size x launch.processes = {section.microbatch_size} x {processes} = {step};"
+                    f" {stage}.microbatch_size x {self._processes_key}"
+                    f" = {section.microbatch_size} x {processes} = {step};"
                     f" set {stage}.batch_size={-(-section.batch_size // step) * step}"
                 )
         ppo = self.ppo
         if ppo.prompts_per_iteration % processes:
             yield (
                 f"ppo.prompts_per_iteration is {ppo.prompts_per_iteration}, which {processes} processes cannot"
-                f" share evenly; set it to a multiple of launch.processes"
+                f" share evenly; set it to a multiple of {self._processes_key}"
             )
         if self.responses_per_iteration % ppo.minibatch_size:
             yield (
@@ -509,7 +541,7 @@ class PipelineConfig(Section):
         if ppo.minibatch_size % processes:
             yield (
                 f"ppo.minibatch_size is {ppo.minibatch_size}, which {processes} processes cannot share evenly;"
-                f" set it to a multiple of launch.processes"
+                f" set it to a multiple of {self._processes_key}"
             )
         if (ppo.top_p != 1.0 or ppo.top_k != 0) and not ppo.allow_biased_sampling:
             yield (
@@ -559,11 +591,7 @@ class PipelineConfig(Section):
                 f"base.double_quantization is set, but base.quantization is '{self.base.quantization}';"
                 " remove it, or set base.quantization=nf4"
             )
-        if self.launch.accelerate_config is not None and processes != 1:
-            yield (
-                "launch.processes and launch.accelerate_config are both set, and the file's num_processes decides;"
-                " remove launch.processes"
-            )
+        yield from self._launch_contradictions()
         if self.gates.judge is not None and self.gates.judge not in self.judges:
             yield f"gates.judge is '{self.gates.judge}', who does not judge here; choose of {', '.join(self.judges)}"
         if self.gates.min_reward_accuracy is not None and not self.trains_reward_model:
@@ -573,3 +601,56 @@ class PipelineConfig(Section):
             weighted = [source.weight is not None for source in sources]
             if any(weighted) and not all(weighted):
                 yield f"data.{kind}.sources: some have a weight and some have none; give all of them one, or none"
+
+    def _launch_contradictions(self) -> Iterator[str]:
+        launch, base = self.launch, self.base
+        decides = {"processes", "machines", "strategy", "mixed_precision", "cpu_offload", "reshard_after_forward"}
+        if launch.accelerate_config is not None and (both := sorted(decides & launch.model_fields_set)):
+            yield (
+                f"launch.{both[0]} and launch.accelerate_config are both set, and the file decides;"
+                f" remove {', '.join(f'launch.{key}' for key in both)}"
+            )
+        if launch.machine_rank >= launch.machines:
+            yield (
+                f"launch.machine_rank is {launch.machine_rank}, but there are {launch.machines} machine(s), numbered"
+                " from 0; lower it, or raise launch.machines"
+            )
+        if launch.machines > 1 and launch.main_address is None:
+            yield (
+                f"launch.machines is {launch.machines}, and nobody knows where machine 0 is;"
+                " set launch.main_address to its name or address"
+            )
+        if launch.strategy != "auto" and launch.world_size == 1:
+            yield (
+                f"launch.strategy is '{launch.strategy}', but there is one process;"
+                " set launch.processes, or remove launch.strategy"
+            )
+        only_sharded = [key for key in ("cpu_offload", "mixed_precision") if getattr(launch, key) not in (False, "no")]
+        only_sharded += [] if launch.reshard_after_forward else ["reshard_after_forward"]
+        if only_sharded and launch.strategy != "fsdp":
+            yield (
+                f"launch.{only_sharded[0]} is for FSDP alone, and launch.strategy is '{launch.strategy}';"
+                f" set launch.strategy=fsdp, or remove {', '.join(f'launch.{key}' for key in only_sharded)}"
+            )
+        if launch.strategy == "fsdp" and base.quantization == "int8":
+            yield (
+                "launch.strategy is 'fsdp', which shards no integers, and base.quantization is 'int8';"
+                " set base.quantization=nf4, or launch.strategy=ddp"
+            )
+        if base.quantization != "nf4" and base.quant_storage != "auto":
+            yield (
+                f"base.quant_storage is set, but base.quantization is '{base.quantization}';"
+                " remove it, or set base.quantization=nf4"
+            )
+        if launch.strategy == "fsdp" and base.quantization == "nf4" and base.quant_storage == "uint8":
+            yield (
+                "base.quant_storage is 'uint8', which FSDP leaves whole on every GPU;"
+                " set base.quant_storage=bfloat16, or remove it"
+            )
+        gathered = {"bf16": "bfloat16", "fp16": "float16"}.get(launch.mixed_precision)
+        stored = base.dtype if base.quant_storage == "auto" else base.quant_storage
+        if gathered is not None and stored not in ("auto", gathered) and base.quantization == "nf4":
+            yield (
+                f"launch.mixed_precision is '{launch.mixed_precision}', which would convert packed weights kept as"
+                f" {stored}; set base.quant_storage={gathered}"
+            )

@@ -43,7 +43,8 @@ def stage_inputs(stage: StageName, config: PipelineConfig, run: RunDirectory) ->
         ArtifactError: a parent stage has no verified result.
         BaseModelError, DataError: the base or a data file is not there.
     """
-    base = config.base.model_dump(mode="json", exclude={"model", "cache_dir", "chat_template", "trust_remote_code"})
+    left_out = {"model", "cache_dir", "chat_template", "trust_remote_code", "quant_storage"}
+    base = config.base.model_dump(mode="json", exclude=left_out)
     inputs: dict[str, Any] = {
         "stage": stage,
         "code_version": pipeline.__version__,

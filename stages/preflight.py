@@ -9,25 +9,22 @@ runs this module in a process of its own, so that the flow's process stays free 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
 from pipeline import errors
 from pipeline.config_file import LoadedConfig, load_config
-from pipeline.errors import ConfigError, TrivetError
+from pipeline.errors import TrivetError
 from pipeline.run_directory import RunDirectory, StageName
 from stages.command import leave_message
 from stages.inputs import find_current, stages_of
 from stages.launch import ERROR_FILE_VARIABLE, child_environment, supervised
+from stages.launcher_file import require_launchable
 
 _WARNING = "warning: "
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 def require_good_input(
@@ -80,8 +77,7 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
     from pipeline.trl_options import check_trl_options
 
     config = loaded.config
-    if config.launch.accelerate_config is not None:
-        _check_accelerate_config(Path(config.launch.accelerate_config))
+    require_launchable(config, stages)
     check_trl_options(config)
     rewards = RewardSum(config.ppo.rewards, model_scores=None)
     gold = config.evaluate.gold and RewardFunction(config.evaluate.gold, what="gold function")
@@ -98,31 +94,6 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
         if gold and "evaluate" in stages:
             gold.probe(prompts.held_out)
     return list(warnings(instructions, prompts, preferences))
-
-
-def _check_accelerate_config(path: Path) -> None:
-    where = f"launch.accelerate_config={path}"
-    if not os.path.isfile(path):
-        raise ConfigError(
-            "there is no such file",
-            where=where,
-            remedy="Make one with `accelerate config --config_file FILE`, or remove the key.",
-        )
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        kind = str(settings.get("distributed_type", "NO")).upper()
-    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(
-            f"it is no Accelerate config: {str(error).splitlines()[0]}",
-            where=where,
-            remedy="Make one with `accelerate config --config_file FILE`.",
-        ) from None
-    if kind in _SHARDED:
-        raise ConfigError(
-            f"it asks for {kind}, which would split the base; stages hold it whole on each device",
-            where=where,
-            remedy="Set distributed_type: MULTI_GPU there, and base.quantization=nf4 if the base is too large.",
-        )
 
 
 def main() -> None:

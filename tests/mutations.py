@@ -1234,6 +1234,65 @@ TABLE = (
         "if letter)",
         ("tests/flows/test_runs.py::test_a_model_cannot_command_the_terminal",),
     ),
+    # ---- memory and launch
+    Mutation(
+        "the plan forgets the norms' outputs that adapters read",
+        "pipeline/memory_plan.py",
+        "return (16 if wide else 12) * shape.width + 4",
+        "return (16 if wide else 8) * shape.width + 4",
+        ("tests/pipeline/test_memory_plan.py::test_a_layer_keeps_what_the_formula_says",),
+    ),
+    Mutation(
+        "the plan shares the quantization constants under FSDP",
+        "pipeline/memory_plan.py",
+        '"quantization constants": constant_bytes(shape, self.quantization, double=base.double_quantization),',
+        '"quantization constants": constant_bytes(shape, self.quantization, double=base.double_quantization) // share,',
+        ("tests/pipeline/test_memory_plan.py::test_fsdp_shares_everything_but_the_constants",),
+    ),
+    Mutation(
+        "the plan forgets that FSDP loads the whole base first",
+        "pipeline/memory_plan.py",
+        'if device.sharding == "fsdp":\n            whole = weight_bytes',
+        "if False:\n            whole = weight_bytes",
+        ("tests/pipeline/test_memory_plan.py::test_weights_of_four_bits_are_whole_before_fsdp_shares_them",),
+    ),
+    Mutation(
+        "changes are proposed that are not needed",
+        "pipeline/memory_advice.py",
+        "            taken = fewer\n",
+        "            pass\n",
+        (
+            "tests/pipeline/test_memory_advice.py::test_what_is_proposed_does_make_it_fit_and_nothing_of_it_can_be_left_out",
+        ),
+    ),
+    Mutation(
+        "more processes than GPUs are started",
+        "stages/launcher_file.py",
+        "if gpus and launcher.processes > gpus:",
+        "if False:",
+        ("tests/stages/test_launcher_file.py::test_more_processes_than_gpus_are_refused",),
+    ),
+    Mutation(
+        "stages are started sharded that cannot be",
+        "stages/launcher_file.py",
+        '"fsdp": frozenset(),',
+        '"fsdp": frozenset(STAGES),',
+        ("tests/stages/test_launcher_file.py::test_what_the_stages_cannot_do_is_refused_in_one_place",),
+    ),
+    Mutation(
+        "machines are not counted as processes",
+        "pipeline/config.py",
+        "return self.processes * self.machines",
+        "return self.processes",
+        ("tests/stages/test_launcher_file.py::test_the_section_says_what_accelerate_understands",),
+    ),
+    Mutation(
+        "under FSDP packed weights stay integers",
+        "pipeline/base_model.py",
+        'return dtype if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") else torch.uint8',
+        "return torch.uint8",
+        ("tests/pipeline/test_base_model.py::test_packed_weights_compute_the_same_whatever_they_are_kept_as",),
+    ),
 )
 
 

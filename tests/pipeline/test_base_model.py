@@ -386,3 +386,29 @@ def test_the_output_head_never_sees_a_strided_slice(tmp_path):
     # What a prefill asks for: the last position of every sequence.
     base.model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), logits_to_keep=1)
     assert seen == [True]
+
+
+# ---- how packed weights are kept
+
+
+def test_packed_weights_compute_the_same_whatever_they_are_kept_as(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_base(tmp_path / "base")
+    ids_BL = torch.arange(12)[None]
+
+    def loaded(**settings: str) -> tuple[set[torch.dtype], torch.Tensor, str]:
+        tree = {"model": str(tmp_path / "base"), "dtype": "float32", "cache_dir": str(tmp_path / "cache")}
+        model = load_base(BaseSettings.model_validate(tree | settings), "cpu").model
+        packed = {parameter.dtype for name, parameter in model.named_parameters() if name.endswith("proj.weight")}
+        with torch.no_grad():
+            return packed, model(ids_BL).logits, fingerprint(model)
+
+    plain = loaded()
+    assert plain[0] == {torch.uint8}
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for settings, kept_as in (({}, torch.float32), ({"quant_storage": "bfloat16"}, torch.bfloat16)):
+        found = loaded(**settings)
+        assert found[0] == {kept_as}
+        assert torch.equal(found[1], plain[1])
+        assert found[2] == plain[2]

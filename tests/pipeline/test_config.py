@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # Nine lines that stand for a billion values.
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+EVEN = ["sft.microbatch_size=1", "reward.microbatch_size=1"]
 MINIMAL: dict[str, Any] = {"run_dir": "runs/x", "base": {"model": "org/model"}}
 
 
@@ -52,7 +53,7 @@ def test_there_are_configs_to_load() -> None:
         ("sft.learning_rat=1", "unknown key 'sft.learning_rat'; did you mean 'learning_rate'?"),
         ("ppo.kl.coeficient=1", "unknown key 'ppo.kl.coeficient'; did you mean 'coefficient'?"),
         ("pppo.epochs=1", "unknown key 'pppo'; did you mean 'ppo'?"),
-        ("launch.zzz=1", "unknown key 'launch.zzz'; known keys: accelerate_config, device, processes"),
+        ("launch.zzz=1", "unknown key 'launch.zzz'; known keys: accelerate_config, card, cpu_offload, device,"),
         ("data.prompts.sources=[{path: a.jsonl, wieght: 2}]", "did you mean 'weight'?"),
         ("ppo.rewards=[{functoin: 'a.py:f'}]", "did you mean 'function'?"),
     ],
@@ -120,6 +121,27 @@ def test_every_contradiction_comes_at_once(tmp_path: Path) -> None:
         (["ppo.critic_warmup_iterations=100"], "the policy would never learn"),
         (["base.quantization=none", "base.double_quantization=true"], "set base.quantization=nf4"),
         (["launch.accelerate_config=a.yaml", "launch.processes=4"], "remove launch.processes"),
+        (["launch.accelerate_config=a.yaml", "launch.strategy=ddp", "launch.machines=1"], "remove launch.machines"),
+        (["launch.machine_rank=1"], "there are 1 machine(s), numbered from 0"),
+        (["launch.machines=2", *EVEN], "set launch.main_address"),
+        (["launch.strategy=fsdp"], "there is one process; set launch.processes"),
+        (["launch.cpu_offload=true"], "launch.cpu_offload is for FSDP alone"),
+        (["launch.reshard_after_forward=false"], "launch.reshard_after_forward is for FSDP alone"),
+        (
+            ["launch.strategy=ddp", "launch.processes=2", "launch.mixed_precision=bf16", *EVEN],
+            "set launch.strategy=fsdp",
+        ),
+        (["launch.strategy=fsdp", "launch.processes=2", "base.quantization=int8", *EVEN], "or launch.strategy=ddp"),
+        (["base.quantization=none", "base.quant_storage=bfloat16"], "base.quant_storage is set"),
+        (["launch.strategy=fsdp", "launch.processes=2", "base.quant_storage=uint8", *EVEN], "FSDP leaves whole"),
+        (
+            [
+                *("launch.strategy=fsdp", "launch.processes=2", "launch.mixed_precision=bf16"),
+                *("base.quant_storage=float16", *EVEN),
+            ],
+            "set base.quant_storage=bfloat16",
+        ),
+        (["launch.machines=3", "launch.main_address=a"], "launch.processes x launch.machines = 4 x 3 = 12"),
         (["data.preferences.sources=[{path: a.jsonl, weight: 1}, b.jsonl]"], "give all of them one, or none"),
         (
             ["ppo.held_out.every=null", "ppo.guard.action=warn", "ppo.publish=best"],
@@ -147,7 +169,7 @@ def test_every_contradiction_has_a_test() -> None:
     """Counts the statements that report one; a new one needs a line above."""
     source = (ROOT / "pipeline" / "config.py").read_text()
     body = source[source.index("def contradictions") :]
-    assert body.count("yield ") == 20
+    assert body.count("yield ") == 29
 
 
 @pytest.mark.parametrize(
@@ -161,6 +183,8 @@ def test_every_contradiction_has_a_test() -> None:
         ["ppo.rewards=[{function: 'a.py:f'}, {function: 'b.py:g', weight: -1}]"],
         ["data.preferences.sources=[{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: 3}]"],
         ["launch.processes=4"],
+        ["launch.processes=2", "launch.strategy=fsdp", "launch.mixed_precision=bf16", "launch.cpu_offload=true", *EVEN],
+        ["launch.machines=2", "launch.machine_rank=1", "launch.main_address=node0", *EVEN],
     ],
 )
 def test_what_goes_together_is_accepted(tmp_path: Path, overrides: list[str]) -> None:

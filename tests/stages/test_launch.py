@@ -19,6 +19,7 @@ import yaml
 from finished_stages import light_config
 
 from pipeline.config import LaunchSettings
+from pipeline.config_file import load_config
 from pipeline.errors import StageFailedError, StageInterruptedError
 from pipeline.progress import ProgressUpdate
 from stages import launch as module
@@ -269,6 +270,27 @@ def test_an_own_accelerate_config_decides(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "has_accelerator", lambda: False)
     assert "ACCELERATE_USE_CPU" not in child_environment(launch)
     assert child_environment(LaunchSettings())["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_a_stage_on_a_cpu_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_accelerator", lambda: False)
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    environment = child_environment(LaunchSettings())
+    assert (environment["MALLOC_MMAP_THRESHOLD_"], environment["THP_MEM_ALLOC_ENABLE"]) == ("1048576", "0")
+    monkeypatch.setattr(module, "has_accelerator", lambda: True)
+    assert "MALLOC_MMAP_THRESHOLD_" not in child_environment(LaunchSettings())
+
+
+def test_the_choice_of_a_strategy_is_announced(tmp_path: Path, stage_module: Callable[[str], str]) -> None:
+    path = light_config(tmp_path)
+    lines: list[str] = []
+    rows = ["launch.processes=2", "sft.microbatch_size=1", "reward.microbatch_size=1"]
+    with pytest.raises(StageFailedError):  # what looks like a model is none
+        module.ensure_stage(
+            "sft", load_config(path, rows), force=False, on_line=lines.append, on_progress=lambda update: None
+        )
+    assert lines[0] == "launch.strategy=auto is ddp: there is no GPU, and processes on CPUs share main memory."
 
 
 def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,129 @@
+"""Cards that a run may be meant for: how much memory they have, and what they compute in."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device. `memory_bytes` is what its driver shows, which is a little under the number on the box."""
+
+    name: str
+    memory_bytes: int
+    bfloat16: bool = True
+    is_gpu: bool = True
+
+
+def _card(name: str, mebibytes: int, *, bfloat16: bool = True) -> Card:
+    return Card(name, mebibytes * 2**20, bfloat16)
+
+
+CARDS: Mapping[str, Card] = {
+    card.name: card
+    for card in (
+        _card("T4", 15_360, bfloat16=False),
+        _card("V100 16GB", 16_384, bfloat16=False),
+        _card("V100 32GB", 32_768, bfloat16=False),
+        _card("RTX 3060", 12_288),
+        _card("RTX 3090", 24_576),
+        _card("RTX 4060 Ti 16GB", 16_380),
+        _card("RTX 4080", 16_376),
+        _card("RTX 4090", 24_564),
+        _card("RTX 5090", 32_607),
+        _card("RTX A6000", 49_140),
+        _card("RTX 6000 Ada", 49_140),
+        _card("L4", 23_034),
+        _card("L40S", 46_068),
+        _card("A10", 23_028),
+        _card("A100 40GB", 40_960),
+        _card("A100 80GB", 81_920),
+        _card("H100", 81_559),
+        _card("H200", 143_771),
+        _card("B200", 183_359),
+        _card("MI300X", 196_592),
+    )
+}
+"""Name -> card, with the memory that its driver shows."""
+
+# Files that the drivers of NVIDIA (also under WSL), AMD and Intel GPUs make.
+_ACCELERATOR_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri/renderD128", "/dev/accel")
+_SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*(GiB|GB|G|MiB|MB|M)\s*$", re.IGNORECASE)
+_UNITS = {"gib": GIB, "gb": GIB, "g": GIB, "mib": 2**20, "mb": 2**20, "m": 2**20}
+
+
+def find_card(text: str, *, where: str) -> Card:
+    """The card of a name (whatever its case and spaces), or of a size such as `24GB`.
+
+    A card's gigabytes are 2**30 bytes, as its box counts.
+
+    Args:
+        where: the setting that names it, for the error.
+
+    Raises:
+        ConfigError: no such card; names the nearest ones.
+    """
+    size = _SIZE.match(text)
+    if size is not None and float(size[1]) > 0:
+        return Card(text.strip(), int(float(size[1]) * _UNITS[size[2].lower()]))
+    plain = {_plain(name): card for name, card in CARDS.items()}
+    if (card := plain.get(_plain(text))) is not None:
+        return card
+    near = [plain[name].name for name in difflib.get_close_matches(_plain(text), plain, n=3, cutoff=0.5)]
+    raise ConfigError(
+        f"'{text}' is no card that trivet knows{', perhaps ' + ' or '.join(near) if near else ''}",
+        where=where,
+        remedy=f"Give its memory instead, such as 24GB, or one of: {', '.join(CARDS)}.",
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"nvidia|geforce|amd|instinct|[^a-z0-9]", "", name.lower())
+
+
+def cards_here() -> list[Card]:
+    """The GPUs that this process may use, as NVIDIA's driver tells them; none where it is not asked or says nothing."""
+    if not has_accelerator():
+        return []
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    found = []
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+        for line in said.strip().splitlines():
+            index, uuid, name, mebibytes = (part.strip() for part in line.split(","))
+            wanted = allowed is None or any(one.strip() in (index, uuid) for one in allowed.split(","))
+            if wanted:
+                old = _plain(name).startswith(("teslav", "teslat", "teslap", "v100", "t4", "p100"))
+                found.append(Card(name, int(mebibytes) * 2**20, bfloat16=not old))
+    return found
+
+
+def main_memory() -> Card:
+    """This machine's main memory, as far as a container lets it be used."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # Without a limit it is the word "max".
+    flags = ""
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text()
+    return Card("this machine's main memory", total, bfloat16="avx512_bf16" in flags, is_gpu=False)
+
+
+def has_accelerator() -> bool:
+    """Whether a GPU may be used, as far as can be told without importing torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return sys.platform == "darwin" or any(Path(device).exists() for device in _ACCELERATOR_DEVICES)

@@ -1,0 +1,106 @@
+"""`trivet plan`, as its user sees it; and that every config fits the card that it names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from finished_stages import light_config
+from tiny_models import tiny_base
+from typer.testing import CliRunner, Result
+
+from flows.cli import app
+
+ROOT = Path(__file__).parents[2]
+NAMED = ("one_gpu_8b", "one_gpu_70b", "fsdp_8_gpus", "two_nodes")
+
+
+def trivet(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_config_fits_the_card_that_it_names(name: str) -> None:
+    result = trivet("plan", ROOT / "configs" / f"{name}.yaml", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["fits"] and plan["changes"] == []
+    assert set(plan["stages"]) == {"sft", "reward", "ppo", "evaluate"}
+    assert plan["card"]["name"] in (ROOT / "configs" / f"{name}.yaml").read_text()
+    for stage in plan["stages"].values():
+        assert stage["tensor_bytes"] == sum(stage["parts"].values()) < stage["device_bytes"]
+        assert stage["device_bytes"] <= plan["card"]["memory_bytes"]
+
+
+def test_what_does_not_fit_comes_with_the_way_out() -> None:
+    result = trivet("plan", ROOT / "configs/one_gpu_70b.yaml", "--card", "RTX 4090")
+    assert result.exit_code == 0
+    assert "sft: at most while" in result.stdout and "does NOT fit RTX 4090" in result.stdout
+    result = trivet("plan", ROOT / "configs/one_gpu_8b.yaml", "--memory", "10GB")
+    assert "The cheapest change that makes it fit:" in result.stdout
+    settings = [
+        word for line in result.stdout.splitlines() if line.startswith("  ") for word in line.split("(")[0].split()
+    ]
+    assert settings
+    again = trivet("plan", ROOT / "configs/one_gpu_8b.yaml", *settings, "--memory", "10GB", "--json")
+    assert json.loads(again.stdout)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--card", "RTX 9999"], "is no card that trivet knows"),
+        (["--memory", "much"], "'much' is no size"),
+        (["--card", "T4", "--memory", "16GB"], "both given"),
+        (["launch.card=abacus"], "launch.card: 'abacus' is no card"),
+        (["launch.accelerate_config=nope.yaml"], "there is no such file"),
+    ],
+)
+def test_bad_input_is_refused(options: list[str], words: str) -> None:
+    config = "quickstart.yaml" if "accelerate" in options[0] else "one_gpu_8b.yaml"
+    result = trivet("plan", ROOT / "configs" / config, *options)
+    assert result.exit_code == 2 and words in result.stderr.replace("\n", "")
+
+
+def test_a_model_whose_config_misses_fields_is_named(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "model")
+    settings = json.loads((base / "config.json").read_text())
+    del settings["intermediate_size"]
+    (base / "config.json").write_text(json.dumps(settings))
+    result = trivet("plan", light_config(tmp_path), f"base.model={base}")
+    assert result.exit_code == 2 and "does not say intermediate_size" in result.stderr
+
+
+def test_an_own_launcher_file_decides() -> None:
+    path = ROOT / "configs/accelerate/fsdp2.yaml"
+    options = ["sft.microbatch_size=1", "reward.microbatch_size=1", f"launch.accelerate_config={path}", "--json"]
+    plan = json.loads(trivet("plan", ROOT / "configs/one_gpu_8b.yaml", *options).stdout)
+    assert plan["strategy"] == "fsdp" and plan["able"] == []
+    assert plan["stages"]["sft"]["at"] == "loading"
+
+
+def test_the_answer_comes_within_seconds_and_without_torch() -> None:
+    program = (
+        "import sys; from flows.cli import app\n"
+        f"try: app(['plan', {str(ROOT / 'configs/one_gpu_8b.yaml')!r}])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'prefect', 'accelerate'} & set(sys.modules)"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+    assert time.monotonic() - started < 5
+
+
+def test_the_table_of_the_docs_is_what_the_arithmetic_gives_now() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "memory_table.py", "--check"],
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

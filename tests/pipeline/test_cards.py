@@ -1,0 +1,64 @@
+"""Cards by name and by size; the ones that are here, as the driver's own program tells them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import cards
+from pipeline.cards import CARDS, GIB, cards_here, find_card, main_memory
+from pipeline.errors import ConfigError
+
+
+@pytest.mark.parametrize("text", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "rtx-4090"])
+def test_a_card_is_known_however_it_is_written(text: str) -> None:
+    assert find_card(text, where="--card") is CARDS["RTX 4090"]
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24 * GIB), ("1.5 gib", 3 * GIB // 2), ("512MB", 2**29)])
+def test_a_size_stands_for_a_card(text: str, size: int) -> None:
+    assert find_card(text, where="--memory").memory_bytes == size
+
+
+@pytest.mark.parametrize("text", ["RTX 4091", "0GB", "GB", "24", ""])
+def test_an_unknown_card_is_refused_with_those_there_are(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"launch\.card: '.*' is no card that trivet knows") as caught:
+        find_card(text, where="launch.card")
+    assert "H100" in str(caught.value)
+    if text == "RTX 4091":
+        assert "perhaps RTX 4090" in str(caught.value)
+
+
+def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    """A program in the driver's place."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(cards, "_ACCELERATOR_DEVICES", (str(program),))
+
+
+def test_the_driver_tells_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(tmp_path, monkeypatch, "0, GPU-a, NVIDIA L4, 23034\n1, GPU-b, Tesla V100-SXM2-16GB, 16384\n")
+    found = cards_here()
+    assert [(card.name, card.memory_bytes // 2**20, card.bfloat16) for card in found] == [
+        ("NVIDIA L4", 23034, True),
+        ("Tesla V100-SXM2-16GB", 16384, False),
+    ]
+    for visible, names in (("1", ["Tesla V100-SXM2-16GB"]), ("GPU-a", ["NVIDIA L4"]), ("", []), ("-1", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [card.name for card in cards_here()] == names
+
+
+def test_a_driver_that_says_nothing_is_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(tmp_path, monkeypatch, "NVIDIA-SMI has failed\n")
+    assert cards_here() == []
+
+
+def test_main_memory_is_what_the_system_has() -> None:
+    memory = main_memory()
+    assert not memory.is_gpu
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert 0 < memory.memory_bytes <= total * 1.01

@@ -1,0 +1,144 @@
+"""What Accelerate is told, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from tiny_models import tiny_config
+
+from pipeline import cards
+from pipeline.cards import Card
+from pipeline.config import LaunchSettings, PipelineConfig
+from pipeline.errors import ConfigError
+from pipeline.run_directory import STAGES
+from stages import launcher_file as module
+from stages.launcher_file import launcher_settings, read_launcher_file, require_launchable, resolve
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+
+
+def understood(path: Path) -> argparse.Namespace:
+    """What `accelerate launch` itself makes of a file."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "stages.sft"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    return arguments
+
+
+def written(tmp_path: Path, **launch: Any) -> argparse.Namespace:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(launcher_settings(LaunchSettings.model_validate(launch), use_cpu=False)))
+    return understood(path)
+
+
+def test_the_section_says_what_accelerate_understands(tmp_path: Path) -> None:
+    one = written(tmp_path)
+    assert (one.num_processes, one.multi_gpu, one.use_fsdp, one.mixed_precision) == (1, False, False, "no")
+    ddp = written(tmp_path, processes=4, strategy="ddp")
+    assert (ddp.num_processes, ddp.num_machines, ddp.multi_gpu, ddp.use_fsdp) == (4, 1, True, False)
+    assert ddp.main_process_port == 0
+    sharded = written(tmp_path, processes=8, strategy="fsdp", cpu_offload=True, mixed_precision="bf16")
+    assert (sharded.use_fsdp, sharded.multi_gpu, sharded.fsdp_version) == (True, False, 2)
+    assert (sharded.fsdp_offload_params, sharded.fsdp_reshard_after_forward) == (True, True)
+    assert (sharded.mixed_precision, sharded.fsdp_auto_wrap_policy) == ("bf16", "TRANSFORMER_BASED_WRAP")
+    assert (
+        written(tmp_path, processes=8, strategy="fsdp", reshard_after_forward=False).fsdp_reshard_after_forward is False
+    )
+    two = written(tmp_path, processes=8, machines=2, machine_rank=1, main_address="node0", strategy="fsdp")
+    assert (two.num_processes, two.num_machines, two.machine_rank) == (16, 2, 1)
+    assert (two.main_process_ip, two.main_process_port) == ("node0", 29500)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_launcher_file_is_one_and_has_no_hyperparameters(path: Path) -> None:
+    load_config_from_file(str(path))
+    arguments = understood(path)
+    launcher = read_launcher_file(path)
+    assert launcher.world_size == arguments.num_processes
+    assert launcher.machines == (arguments.num_machines or 1)
+    assert (launcher.kind == "fsdp") == bool(arguments.use_fsdp)
+    assert launcher.kind.startswith("deepspeed") == bool(arguments.use_deepspeed)
+    assert arguments.mixed_precision == "no"
+    words = path.read_text()
+    assert not [word for word in ("learning_rate", "batch_size", "max_length", "optimizer") if f"{word}:" in words]
+
+
+def test_there_is_a_file_for_each_way() -> None:
+    assert {path.stem for path in FILES} == {
+        "one_gpu", "ddp", "fsdp2", "fsdp2_offload", "two_nodes", "deepspeed_zero2", "deepspeed_zero3",
+    }  # fmt: skip
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, *gibibytes: int) -> None:
+    here = [Card(f"card {size}", size * 2**30) for size in gibibytes]
+    monkeypatch.setattr(module, "cards_here", lambda: here)
+    monkeypatch.setattr(module, "has_accelerator", lambda: bool(here))
+
+
+def config(base: str = "meta-llama/Llama-3.1-70B", **launch: Any) -> PipelineConfig:
+    rows = {"batch_size": 16, "microbatch_size": 1}
+    tree = {"run_dir": "x", "base": {"model": base}, "launch": launch, "sft": rows, "reward": rows}
+    return PipelineConfig.model_validate(tree)
+
+
+def test_auto_is_decided_by_the_smallest_card_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 141, 24)
+    launch, reason = resolve(config(processes=2))
+    assert launch.strategy == "fsdp"
+    assert reason == "launch.strategy=auto is fsdp: sft does not fit card 24 with the whole base on it."
+    with_gpus(monkeypatch, 141, 141)
+    assert resolve(config(processes=2))[0].strategy == "ddp"
+    assert resolve(config(processes=2, card="RTX 4090"))[0].strategy == "fsdp"
+    with_gpus(monkeypatch)
+    launch, reason = resolve(config(processes=2))
+    assert launch.strategy == "ddp" and "there is no GPU" in str(reason)
+    assert resolve(config()) == (config().launch, None)
+    assert resolve(config(processes=2, strategy="fsdp"))[1] is None
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 80, 80)
+    assert require_launchable(config("Qwen/Qwen2.5-14B", processes=2), STAGES).kind == "ddp"
+    with pytest.raises(ConfigError, match=r"launch: 4 processes .* 2 GPU\(s\)") as caught:
+        require_launchable(config("Qwen/Qwen2.5-14B", processes=4), STAGES)
+    assert "Set launch.processes=2" in str(caught.value)
+    (tmp_path / "a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 8\nnum_machines: 2\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: 4 processes"):
+        require_launchable(config(accelerate_config=str(tmp_path / "a.yaml")), STAGES)
+
+
+def test_what_the_stages_cannot_do_is_refused_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, *[80] * 8)
+    with pytest.raises(ConfigError, match="it asks for FSDP, which sft and ppo cannot do"):
+        require_launchable(config(processes=8, strategy="fsdp"), ["sft", "ppo"])
+    for name in ("fsdp2", "deepspeed_zero2", "deepspeed_zero3"):
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml: it asks for {name.removesuffix('2').upper()[:4]}"):
+            require_launchable(config(accelerate_config=str(ROOT / f"configs/accelerate/{name}.yaml")), ["sft"])
+    monkeypatch.setitem(module.ABLE, "fsdp", frozenset({"sft"}))  # type: ignore[index]
+    assert require_launchable(config(processes=8, strategy="fsdp"), ["sft"]).kind == "fsdp"
+    with pytest.raises(ConfigError, match="which ppo cannot do"):
+        require_launchable(config(processes=8, strategy="fsdp"), ["sft", "ppo"])
+
+
+def test_a_batch_that_the_files_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
+    loaded = tiny_config(tmp_path, "launch.accelerate_config=mine.yaml")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: the file starts 3 processes: sft\.batch_size is 4"):
+        require_launchable(loaded.config, STAGES)
+
+
+@pytest.mark.parametrize("text", ["- 1", "num_processes: many", "num_processes: [", "a"])
+def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="it is no Accelerate config"):
+        read_launcher_file(tmp_path / "mine.yaml")
+
+
+def test_the_cards_that_are_asked_for_are_the_ones_of_this_machine() -> None:
+    assert module.cards_here is cards.cards_here
