@@ -25,9 +25,7 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/mypy
 
 bench: $(STAMP) ## time a PPO iteration and what Prefect adds to a run; planned and measured memory
-	$(BIN)/python benchmarks/ppo_iteration.py
-	$(BIN)/python benchmarks/prefect_overhead.py
-	$(BIN)/python benchmarks/memory_plan.py
+	$(BIN)/python benchmarks/bench.py
 
 environment: $(STAMP) ## only set up .venv
 

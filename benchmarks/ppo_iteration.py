@@ -259,12 +259,13 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=2, help="measured iterations, after one to warm up")
     parser.add_argument("--critic", choices=["adapter", "head"], default="adapter")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latest.json"))
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     result = measure(arguments.critic, arguments.dtype, arguments.iterations)
     text = json.dumps(result, indent=2)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(text + "\n")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text + "\n")
     print(text)
 
 

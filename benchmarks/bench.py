@@ -1,0 +1,65 @@
+"""All benchmarks of this machine, one after the other: what `make bench` runs.
+
+Writes `benchmarks/results/latest.json` and prints it: an iteration of PPO with a head as the critic at the top, with an
+adapter under `adapter_critic`, what Prefect adds under `prefect`, planned and measured memory under `memory`.
+
+    python benchmarks/bench.py [--only iteration,adapter,memory,prefect]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+PARTS = {
+    "iteration": ("ppo_iteration.py", "--critic", "head"),
+    "adapter": ("ppo_iteration.py", "--critic", "adapter"),
+    "memory": ("memory_plan.py",),
+    "prefect": ("prefect_overhead.py",),
+}
+
+
+def measure(part: str) -> dict[str, Any]:
+    """What one benchmark says, run in a process of its own; what it prints on the way goes to the error stream."""
+    script, *options = PARTS[part]
+    with tempfile.TemporaryDirectory(prefix="trivet-bench-") as folder:
+        output = Path(folder) / "result.json"
+        command = [sys.executable, str(FOLDER / script), *options, "--output", str(output)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        found: dict[str, Any] = json.loads(output.read_text())
+        return found
+
+
+def memory_ratio(memory: dict[str, Any]) -> float:
+    """PPO's measured peak against SFT's, the mean over the shapes: at best 1, since there is one base."""
+    peaks = {(run["shape"], run["stage"]): run["measured"] for run in memory["runs"]}
+    shapes = {shape for shape, _ in peaks}
+    return sum(peaks[shape, "ppo"] / peaks[shape, "sft"] for shape in shapes) / len(shapes)
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Runs the benchmarks of this machine.")
+    parser.add_argument("--only", default=",".join(PARTS), help="some of: " + ", ".join(PARTS))
+    chosen = parser.parse_args().only.split(",")
+    found = {part: measure(part) for part in PARTS if part in chosen}
+    result = found.pop("iteration", {})
+    if "adapter" in found:
+        result["adapter_critic"] = found.pop("adapter")
+    if "memory" in found:
+        result["ppo_to_sft_memory_ratio"] = round(memory_ratio(found["memory"]), 3)
+    text = json.dumps(result | found, indent=2)
+    target = FOLDER / "results" / "latest.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
