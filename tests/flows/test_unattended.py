@@ -194,7 +194,7 @@ def test_a_deployment_runs_all_stages_then_none(box: Box) -> None:
     # The page: figures, samples, lineage, curves, progress; and a log that is kept short.
     artifacts = {artifact["key"]: artifact for artifact in box.ask("/artifacts/filter", limit=200)}
     digest = read_manifest(box.run.stage("sft")).digest[:12]
-    assert "| sft | ran: not run yet |" in artifacts["summary"]["data"]
+    assert "- sft ran: not run yet" in artifacts["summary"]["data"]
     assert (
         f"| reward | `{read_manifest(box.run.stage('reward')).digest[:12]}` | sft `{digest}` |"
         in artifacts["lineage"]["data"]
