@@ -122,7 +122,7 @@ def draw(probabilities_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """The tokens [B] at which the cumulated probabilities pass `uniforms_B` (inverse transform sampling).
 
     Cumulated in float64, where a vocabulary's worth of additions keeps every token's share; a token of probability 0
-    is never drawn. A tenth of the time that `torch.multinomial` takes, which draws a number a token of the vocabulary.
+    is never drawn. Half of the time that `torch.multinomial` takes, which draws a number a token of the vocabulary.
 
     Args:
         probabilities_BV: not negative; rows need not sum to 1.
