@@ -6,6 +6,7 @@ torn, edited or made from other inputs is passed over for the one before it. Saf
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from pipeline.tensor_tree import save_tensors
 
 STATE = "state.json"
 _DRAFT = ".draft-"
+_RETIRED = ".retired-"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class CheckpointFolder:
         """
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
+            self._put_back()
             for torn in self.root.glob(f"{_DRAFT}*"):  # of a process that was killed while it wrote
                 shutil.rmtree(torn, ignore_errors=True)
             draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=self.root))
@@ -68,9 +71,12 @@ class CheckpointFolder:
                 write_json(draft / STATE, seal(content))
                 sync_tree(draft)
                 target = self.root / f"{step:08d}"
-                shutil.rmtree(target, ignore_errors=True)
+                retired = self.root / f"{_RETIRED}{target.name}"
+                if target.exists():
+                    os.rename(target, retired)
                 os.rename(draft, target)
                 sync(self.root)
+                shutil.rmtree(retired, ignore_errors=True)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         # A later step is not this run's: it was passed over, and would push out what is written now.
@@ -88,11 +94,13 @@ class CheckpointFolder:
             warn: told of each one that is passed over, and why.
             usable: what else a checkpoint must satisfy.
         """
+        self._put_back()
         found = (self._verified(folder, warn) for folder in self._folders())
         return next((checkpoint for checkpoint in found if checkpoint is not None and usable(checkpoint)), None)
 
     def at(self, step: int, warn: Callable[[str], None]) -> Checkpoint | None:
         """The checkpoint of that very step; None if it is not there, not whole or not from the same inputs."""
+        self._put_back()
         folder = self.root / f"{step:08d}"
         return self._verified(folder, warn) if folder.exists() else None
 
@@ -114,6 +122,15 @@ class CheckpointFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warn(f"{name} is not complete ({error}); it is not used")
         return None
+
+    def _put_back(self) -> None:
+        """Give a checkpoint its name again that was to be replaced when the process was killed."""
+        for retired in self.root.glob(f"{_RETIRED}*"):
+            target = self.root / retired.name.removeprefix(_RETIRED)
+            if not target.exists():
+                with contextlib.suppress(OSError):  # another process was first
+                    os.rename(retired, target)
+            shutil.rmtree(retired, ignore_errors=True)
 
     def _folders(self) -> Iterator[Path]:
         """Newest first."""

@@ -30,7 +30,7 @@ from pipeline.base_model import Base
 from pipeline.config import LoraSettings
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.lora_arithmetic import compute_in_the_bases_arithmetic
-from pipeline.merged_model import fits, merged_copy
+from pipeline.merged_model import copy_bytes, fits, merged_copy
 from pipeline.scalar_head import RewardModel, ScalarHead, trunk_of, width_of
 from pipeline.tensor_tree import save_tensors
 
@@ -232,6 +232,11 @@ class Roles:
         return cast(
             Tensor, trunk(input_ids=input_ids_BL, attention_mask=mask_BL.long(), use_cache=False).last_hidden_state
         )
+
+    @property
+    def merged_bytes(self) -> int:
+        """What a merged copy takes beside the base."""
+        return copy_bytes(self._causal_model)
 
     def merges(self, weights: SamplingWeights) -> bool:
         """Whether to sample from a merged copy: `auto` does where the copy is small beside the device's memory."""

@@ -121,6 +121,8 @@ class RunDirectory:
                 where=str(self.root),
                 remedy="Upgrade trivet, or choose another folder with run_dir=....",
             )
+        if not self._holds_work():
+            return  # a start that went no further leaves the folder free
         for key in ("config_name", "base_model", "base_revision", "base_quantization"):
             if found.get(key) != owner[key]:
                 raise RunDirectoryError(
@@ -129,6 +131,11 @@ class RunDirectory:
                     where=str(self.root),
                     remedy="Choose another folder with run_dir=..., or move the old one away.",
                 )
+
+    def _holds_work(self) -> bool:
+        """Whether a stage has left anything here that another config could damage or mistake for its own."""
+        working = (path for name in STAGES for path in self.working(name).rglob("*"))
+        return any(self.stage(name).exists() for name in STAGES) or any(path.is_file() for path in working)
 
     def _tidy(self) -> None:
         """Put right what killed processes left: half-made results go, and one that was being replaced comes back."""

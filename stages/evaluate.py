@@ -106,6 +106,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     budgets = Budgets(
         MemoryBudget("ppo.microbatch_tokens", config.ppo.microbatch_tokens, say),
         MemoryBudget("evaluate.batch_size", config.evaluate.batch_size, say),
+        length_setting="evaluate.max_new_tokens",
     )
     answers = {}
     with deferred(), progress(2 * len(prompts), "evaluate", "answers") as bar:
@@ -117,7 +118,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                 prompts,
                 sampling,
                 seed=(config.seed, "evaluate"),
-                budget=budgets.responses,
+                budgets=budgets,
                 on_batch=bar.advance,
             )
 
@@ -203,13 +204,22 @@ def answer(
     sampling: SamplingSettings,
     *,
     seed: tuple[int | str, ...],
-    budget: MemoryBudget,
+    budgets: Budgets,
     on_batch: Callable[[int], None],
 ) -> Answers:
     """One sampled answer a prompt. Both contestants get the same seeds, so that equal policies answer equally."""
     chat = roles.base.chat
     ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
-    found = parts.answers(roles, role, ids, sampling, seed=seed, budget=budget, on_batch=on_batch)
+    found = parts.answers(
+        roles,
+        role,
+        ids,
+        sampling,
+        seed=seed,
+        budget=budgets.responses,
+        length_setting=budgets.length_setting,
+        on_batch=on_batch,
+    )
     return Answers(
         [Episode(prompt, one.ids) for prompt, one in zip(ids, found, strict=True)],
         [chat.decode(one.ids) for one in found],

@@ -86,6 +86,7 @@ class Budgets:
 
     tokens: MemoryBudget
     responses: MemoryBudget
+    length_setting: str = "ppo.max_new_tokens"
 
     @classmethod
     def of(cls, ppo: PPOSettings, say: Callable[[str], None] = print) -> Budgets:
@@ -120,17 +121,23 @@ class Budgets:
             work,
             smallest=longest,
             whole=longest * len(lengths),
-            remedy=f"One sequence of {longest} tokens does not fit: lower ppo.max_prompt_tokens + ppo.max_new_tokens"
+            remedy=f"One sequence of {longest} tokens does not fit: lower ppo.max_prompt_tokens + {self.length_setting}"
             f" to {longest // 2}, or set ppo.gradient_checkpointing=true, base.quantization=nf4.",
         )
 
 
 def fit_responses(
-    budget: MemoryBudget, sampling: SamplingSettings, count: int, work: Callable[[SamplingSettings], Result]
+    budget: MemoryBudget,
+    sampling: SamplingSettings,
+    count: int,
+    work: Callable[[SamplingSettings], Result],
+    *,
+    length_setting: str = "ppo.max_new_tokens",
 ) -> Result:
     """Sample responses, as many at once as memory allows.
 
     Args:
+        length_setting: the key that says how long they may get, for the error.
         count: how many there are to sample.
         work: takes the settings with a batch size that is tried; can be done again from its start.
 
@@ -141,9 +148,20 @@ def fit_responses(
         lambda size: work(replace(sampling, batch_size=size)),
         smallest=1,
         whole=count,
-        remedy=f"One response does not fit: lower ppo.max_new_tokens to {sampling.max_new_tokens // 2}, or"
+        remedy=f"One response does not fit: set {length_setting} to {sampling.max_new_tokens // 2}, or lower"
         " ppo.max_prompt_tokens, or set ppo.rollout.weights=adapter.",
     )
+
+
+def ratio_tolerance(ppo: PPOSettings, arithmetic: str) -> float:
+    """How far from 1 the mean probability ratio may be before a round's first step.
+
+    Args:
+        arithmetic: the base's, as its identity names it.
+    """
+    # int8 kernels round activations by what else is in the batch, as coarsely as 16-bit arithmetic does.
+    coarse = arithmetic.startswith("int8") or not arithmetic.endswith("float32")
+    return ppo.ratio_tolerance or (0.05 if coarse else 1e-4)
 
 
 def reward_model_scores(
@@ -225,6 +243,9 @@ def answer(
     sampled = time.monotonic()
     completions = [chat.decode(response.ids) for response in responses]
     raw_scores_B, terms = rewards(prompts, completions, [episode.ids for episode in episodes])
+    # Before the clipping, which would make a number of what is infinite.
+    rewards_of_terms = {f"rewards of {name}": term_B for name, term_B in terms.items()}
+    _require_finite(world, **rewards_of_terms, rewards_before_clipping=raw_scores_B)
     finished_B = torch.tensor([response.finished for response in responses])
     clipped_B = raw_scores_B if ppo.score_clip is None else raw_scores_B.clamp(-ppo.score_clip, ppo.score_clip)
     # The penalty comes after the clipping, so that it always bites.
@@ -295,10 +316,12 @@ def collect(
     mask_BT = length_mask(lengths_B, size)
     lengths = [len(episode.ids) for episode in episodes]
 
+    stop_alone(world)
     logprobs, values, checked_B = _policy_opinions(roles, found, ppo, world, budgets)
     reference = budgets.fit_sequences(
         lengths, lambda most: score_logprobs(roles, "reference", episodes, temperature=ppo.temperature, max_tokens=most)
     )
+    stop_alone(world)
     if ppo.critic == "adapter":
         values = budgets.fit_sequences(lengths, lambda most: score_values(roles, episodes, max_tokens=most))
     logprobs_BT, reference_BT, values_BT = as_rows(logprobs), as_rows(reference), as_rows(values)
@@ -375,7 +398,9 @@ def _policy_opinions(
         return float(torch.cat(gaps).mean())
 
     few = -(-count // _CHECKED_ONE_IN) if ppo.rollout.reuse_logprobs else 0
-    if few and world.maximum(compute(range(few))) <= ppo.rollout.max_logprob_gap:
+    # Half of what the first step's ratio may be off by: it is another part of the round that is measured there.
+    most = min(ppo.rollout.max_logprob_gap, ratio_tolerance(ppo, roles.base.identity.quantization) / 2)
+    if few and world.maximum(compute(range(few))) <= most:
         return logprobs, values, checked_B
     if few < count:
         compute(range(few, count))

@@ -15,10 +15,11 @@ from pipeline.artifacts import seal, unseal
 from pipeline.distributed import World
 from pipeline.generation import SamplingSettings, generate
 from pipeline.memory_budget import MemoryBudget
+from pipeline.progress import say
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import read_json, write_json
 from stages.experience import fit_responses
-from stages.interruption import stop_together
+from stages.interruption import stop_alone, stop_together
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class Parts:
             found = unseal(read_json(path), path, "")
             if found["inputs_digest"] == self._inputs_digest:
                 return found["part"]
-        except (OSError, ValueError, KeyError):
-            pass  # not made yet, or torn
+        except FileNotFoundError:
+            pass  # not made yet
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(f"warning: {path} cannot be used ({error}); that part is made again")
         made = seal({"inputs_digest": self._inputs_digest, "part": make()})
         write_json(path, made)
         return made["part"]
@@ -96,12 +99,14 @@ class Parts:
         *,
         seed: tuple[int | str, ...],
         budget: MemoryBudget,
+        length_setting: str = "ppo.max_new_tokens",
         on_batch: Callable[[int], None],
     ) -> list[Answer]:
         """One sampled answer a prompt; arguments as for `pipeline.generation.generate`.
 
         Args:
             budget: how many answers to sample at once, as far as memory goes. The answers do not depend on it.
+            length_setting: the key that says how long they may get, for the error.
 
         Raises:
             OutOfMemoryError: a single answer does not fit.
@@ -114,7 +119,16 @@ class Parts:
                 budget,
                 sampling,
                 len(chosen),
-                lambda fitting: generate(roles, role, chosen, fitting, seed=seed, numbers=batch),
+                lambda fitting: generate(
+                    roles,
+                    role,
+                    chosen,
+                    fitting,
+                    seed=seed,
+                    numbers=batch,
+                    on_token=lambda: stop_alone(self._world),
+                ),
+                length_setting=length_setting,
             )
             return [[response.ids, response.finished] for response in responses]
 

@@ -42,6 +42,7 @@ from pipeline.errors import (
 )
 from pipeline.generation import derive_seed
 from pipeline.kl import AdaptiveKL, FixedKL, KLController
+from pipeline.memory import megabytes
 from pipeline.metrics import MetricsWriter
 from pipeline.progress import progress, say
 from pipeline.records import Prompt
@@ -117,6 +118,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     # Gates: before a checkpoint is put back, so that the policy is still the copy that it starts as.
     measured |= check_startup(roles, split.train, ppo, seed=config.seed, policy_is_reference=promoted is None)
     say("Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
+    say(paths_taken(roles, ppo, measured["sampler_gap"]))
     position = checkpoints.restore(state, rounds.exists)
     if position != Position():
         say(f"Resuming after {position} of {ppo.iterations} iterations.")
@@ -276,6 +278,21 @@ def require_enough_prompts(held_out: Sequence[Prompt], ppo: PPOSettings, world: 
             where="data.prompts.held_out",
             remedy="Hold out more prompts, or set ppo.held_out.every=null and ppo.publish=last.",
         )
+
+
+def paths_taken(roles: Roles, ppo: PPOSettings, sampler_gap: float) -> str:
+    """How the rounds are computed, as a sentence.
+
+    Args:
+        sampler_gap: how far the sampler's log-probabilities were from the trainer's at the start, in nats a token.
+    """
+    weights = (
+        f"a merged copy of {megabytes(roles.merged_bytes)}" if roles.merges(ppo.rollout.weights) else "the adapter"
+    )
+    reused = ppo.rollout.reuse_logprobs and sampler_gap <= ppo.rollout.max_logprob_gap
+    old = "the sampler's" if reused else "from a pass of the policy"
+    values = "the value adapter's pass" if ppo.critic == "adapter" else "wherever those come from"
+    return f"Samples come from {weights}, old log-probabilities are {old}, values come from {values}."
 
 
 def add_critic(roles: Roles, ppo: PPOSettings) -> None:

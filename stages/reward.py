@@ -49,7 +49,7 @@ from pipeline.scored_pairs import HELD_OUT
 from pipeline.scoring import require_finite, score_rewards
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
-from stages.experience import sampling_settings
+from stages.experience import Budgets, sampling_settings
 from stages.gates import require_fitting_parents, reward_probe
 from stages.inputs import stage_inputs
 from stages.interruption import deferred
@@ -275,6 +275,10 @@ def calibrate(
         Interrupted: the stage was asked to stop; the answers so far are kept.
     """
     sampling = sampling_settings(config.ppo)
+    budgets = Budgets(
+        MemoryBudget("reward.microbatch_size * reward.max_length", max_tokens, say),
+        MemoryBudget("ppo.rollout.batch_size", config.ppo.rollout.batch_size, say),
+    )
     with deferred(), progress(len(prompts), "reward calibration", "answers") as bar:
         responses = parts.answers(
             roles,
@@ -282,12 +286,16 @@ def calibrate(
             prompts,
             sampling,
             seed=(config.seed, "calibration"),
-            budget=MemoryBudget("ppo.rollout.batch_size", config.ppo.rollout.batch_size, say),
+            budget=budgets.responses,
             on_batch=bar.advance,
         )
     sequences = [(*prompt, *response.ids) for prompt, response in zip(prompts, responses, strict=True)]
     raw_B = require_finite(
-        score_rewards(roles, sequences, max_tokens=max_tokens), "score of the calibration", where="reward"
+        budgets.fit_sequences(
+            [len(ids) for ids in sequences], lambda most: score_rewards(roles, sequences, max_tokens=most)
+        ),
+        "score of the calibration",
+        where="reward",
     )
     lengths_B = torch.tensor([len(response.ids) for response in responses])
     return Calibration.fit(raw_B), {

@@ -23,7 +23,7 @@ from pipeline.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from pipeline.memory import give_back_freed_memory
 from pipeline.roles import Role, Roles
 from pipeline.scoring import batch_episodes, head_values, policy_logprobs
-from stages.experience import Budgets, Experience
+from stages.experience import Budgets, Experience, ratio_tolerance
 from stages.interruption import stop_alone, stop_together
 
 
@@ -300,10 +300,7 @@ class Updater:
             return
         # The mean: in 16 bits a token of a long sequence may be off by a third, while what is wrong shifts them all.
         error = float(self._world.sum(torch.tensor(statistics.first_ratio_errors, dtype=torch.float64))) / tokens
-        # int8 kernels round activations by what else is in the batch, as coarsely as 16-bit arithmetic does.
-        arithmetic = self._roles.base.identity.quantization
-        coarse = arithmetic.startswith("int8") or not arithmetic.endswith("float32")
-        tolerance = self._ppo.ratio_tolerance or (0.05 if coarse else 1e-4)
+        tolerance = ratio_tolerance(self._ppo, self._roles.base.identity.quantization)
         if not error <= tolerance:
             raise StartupGateError(
                 f"before any update the probability ratio differs from 1 by {error:.3g} in the mean, which is above"

@@ -144,15 +144,26 @@ def test_a_run_opens_again_under_its_own_config(tmp_path):
     ("override", "field"),
     [("base.quantization=int8", "base_quantization"), ("base.revision=v2", "base_revision")],
 )
-def test_another_base_is_refused_and_the_field_is_named(tmp_path, override, field):
-    RunDirectory.open(tiny_config(tmp_path))
+@pytest.mark.parametrize("left", ["sft/adapter_model.safetensors", "working/ppo/checkpoints/00000001/state.json"])
+def test_another_base_is_refused_and_the_field_is_named(tmp_path, override, field, left):
+    run = RunDirectory.open(tiny_config(tmp_path))
+    (run.root / left).parent.mkdir(parents=True)
+    (run.root / left).write_text("work")
     with pytest.raises(RunDirectoryError, match=f"its {field} is"):
         RunDirectory.open(tiny_config(tmp_path, override))
+
+
+def test_a_start_that_went_no_further_leaves_the_folder_free(tmp_path):
+    """Such as one with a base that is not there: the next one, with the right base, is not refused."""
+    RunDirectory.open(tiny_config(tmp_path, "base.revision=mistyped")).working("sft").mkdir(parents=True)
+    run = RunDirectory.open(tiny_config(tmp_path))
+    assert read_json(run.root / "run.json")["base_revision"] is None
 
 
 def test_another_config_is_refused(tmp_path):
     loaded = tiny_config(tmp_path)
     run = RunDirectory.open(loaded)
+    run.stage("sft").mkdir()
     owner = read_json(run.root / "run.json")
     write_json(run.root / "run.json", owner | {"config_name": "other.yaml"})
     with pytest.raises(RunDirectoryError, match=r"'other\.yaml'"):

@@ -255,10 +255,12 @@ def test_an_evaluation_that_is_asked_to_stop_keeps_what_is_done(finished):
     loaded, run = finished
     evaluate.run(loaded, run)
     expected = contents(run)
-    own = parts.generate
+    own, asked = parts.generate, []
 
     def ask(*args, **named):
-        interruption.request()
+        asked.append(args)
+        if len(asked) == 2:  # stops in the midst of the second batch
+            interruption.request()
         return own(*args, **named)
 
     try:

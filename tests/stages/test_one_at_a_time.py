@@ -78,7 +78,7 @@ def test_what_a_killed_stage_held_and_left_is_no_obstacle(config: Path, at_work:
 
 
 def test_a_dry_run_looks_whose_folder_it_is_and_writes_nothing(config: Path, tmp_path: Path) -> None:
-    RunDirectory.open(load_config(config))
+    RunDirectory.open(load_config(config)).stage("sft").mkdir()
     other = config.with_name("other.yaml")
     config.rename(other)
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))

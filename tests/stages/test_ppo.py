@@ -580,7 +580,7 @@ def learned(run: RunDirectory) -> dict[str, bytes]:
 
 
 @BOTH_CRITICS
-def test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be(tmp_path, critic):
+def test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be(tmp_path, critic, capsys):
     loaded = whole_config(tmp_path, f"ppo.critic={critic}", "base.quantization=nf4")
     run = publish_sft(loaded)
     publish_reward(loaded, run)
@@ -606,6 +606,8 @@ def test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be(tmp_pa
     assert rows[0]["kl/policy_reference_k3"] < 1e-9 < rows[1]["kl/policy_reference_k3"]
     assert all(row["update/first_ratio_error"] < 1e-5 for row in rows)
     assert all(row["sampler/logprob_gap_max"] < 1e-4 for row in rows)
+    said = capsys.readouterr().out
+    assert "Samples come from a merged copy of" in said and "old log-probabilities are the sampler's" in said
     as_plain_peft_reads_it(run, loaded)
     samples = run.metrics("ppo").with_name("ppo_samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in samples] == [1, 1, 2, 2]
