@@ -35,6 +35,8 @@ CONTEXT_BYTES = 640 * 2**20
 """What CUDA, cuBLAS and bitsandbytes take of a card beside torch's tensors."""
 FRAGMENTATION = 0.05
 """Share of the tensors' memory that the caching allocator may hold without using it."""
+HEAP = 0.25
+"""The same of the C library's allocator on a CPU: up to 0.25 measured (docs/memory.md)."""
 LIBRARIES_BYTES = 530 * 10**6
 """What a stage's process takes of main memory before it has loaded anything: torch, transformers, TRL."""
 
@@ -581,7 +583,9 @@ def compute_bytes(dtype: str, *, bfloat16: bool, is_gpu: bool) -> int:
 
 def device_bytes(plan: StagePlan, *, is_gpu: bool = True) -> int:
     """What a stage needs of its device: tensors, what the allocator may waste, and CUDA's or the libraries' share."""
-    return int(plan.tensor_bytes * (1 + FRAGMENTATION)) + (CONTEXT_BYTES if is_gpu else LIBRARIES_BYTES)
+    if not is_gpu:
+        return int(plan.tensor_bytes * (1 + HEAP)) + LIBRARIES_BYTES
+    return int(plan.tensor_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
 
 def fits(plan: StagePlan, card: Card) -> bool:

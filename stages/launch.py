@@ -57,8 +57,8 @@ QUIET_ENVIRONMENT = {
 
 _CPU_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "THP_MEM_ALLOC_ENABLE": "1"}
 """Gives tensors on a CPU back to the system as soon as they are freed, and in pages of 2 MB, without which that would
-cost time. Otherwise glibc keeps them in heaps that recomputed layers leave full of holes: 3.4 GB instead of 1.5 GB for
-a step of SFT on the demo's model with 2048 tokens at once, in no less time (docs/memory.md)."""
+cost time. Otherwise glibc keeps them in heaps that recomputed layers leave full of holes: 3.4 GB instead of 1.7 GB for
+a step of SFT on the demo's model with 2048 tokens at once (docs/memory.md)."""
 
 _LAST_LINES = 30
 _GRACE_SECONDS = 20.0
