@@ -276,10 +276,11 @@ def test_a_stage_on_a_cpu_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "has_accelerator", lambda: False)
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    environment = child_environment(LaunchSettings())
-    assert (environment["MALLOC_MMAP_THRESHOLD_"], environment["THP_MEM_ALLOC_ENABLE"]) == ("1048576", "0")
+    environment = child_environment(LaunchSettings(), "sft")
+    assert "MALLOC_MMAP_THRESHOLD_" not in child_environment(LaunchSettings(), "ppo")
+    assert (environment["MALLOC_MMAP_THRESHOLD_"], environment["THP_MEM_ALLOC_ENABLE"]) == ("4194304", "0")
     monkeypatch.setattr(module, "has_accelerator", lambda: True)
-    assert "MALLOC_MMAP_THRESHOLD_" not in child_environment(LaunchSettings())
+    assert "MALLOC_MMAP_THRESHOLD_" not in child_environment(LaunchSettings(), "sft")
 
 
 def test_the_choice_of_a_strategy_is_announced(tmp_path: Path, stage_module: Callable[[str], str]) -> None:
