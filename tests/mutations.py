@@ -348,9 +348,23 @@ TABLE = (
     Mutation(
         "each process divides by its own tokens",
         "stages/update.py",
-        "normalizer = float(self._world.sum(experience.lengths_B[rows].sum()))",
-        "normalizer = float(experience.lengths_B[rows].sum())",
+        "normalizer = float(experience.lengths_B[minibatch].sum())",
+        "normalizer = float(experience.lengths_B[experience.share(minibatch, self._world)].sum())",
         (f"{PROCESSES}::test_the_number_of_processes_does_not_change_gradient_or_step",),
+    ),
+    Mutation(
+        "each process draws minibatches by itself",
+        "stages/update.py",
+        'derive_seed(self._seed, "minibatches", iteration, epoch, 0)',
+        'derive_seed(self._seed, "minibatches", iteration, epoch, self._world.rank)',
+        (f"{PROCESSES}::test_a_run_of_two_processes_gives_the_adapters_of_one",),
+    ),
+    Mutation(
+        "processes learn from the same part of a minibatch",
+        "stages/whole_round.py",
+        "longest_first[world.rank :: world.size]",
+        "longest_first[: len(minibatch) // world.size]",
+        (f"{PROCESSES}::test_a_run_of_two_processes_gives_the_adapters_of_one",),
     ),
     Mutation(
         "gradients are not summed over processes",
@@ -373,8 +387,8 @@ TABLE = (
     Mutation(
         "every epoch has the same minibatches",
         "stages/update.py",
-        'derive_seed(self._seed, "minibatches", iteration, epoch, self._world.rank)',
-        'derive_seed(self._seed, "minibatches", iteration, self._world.rank)',
+        'derive_seed(self._seed, "minibatches", iteration, epoch, 0)',
+        'derive_seed(self._seed, "minibatches", iteration, 0)',
         (f"{PPO}::test_each_epoch_has_a_fresh_permutation_of_all_responses",),
     ),
     Mutation(
