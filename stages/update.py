@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.batching import group_by_tokens
 from pipeline.config import PPOSettings
 from pipeline.distributed import World
 from pipeline.errors import DivergenceError, StartupGateError
@@ -213,7 +212,7 @@ class Updater:
         """The gradients of a minibatch, and what was seen on the way. Can be done again: it starts from none."""
         self._optimizer.zero_grad(set_to_none=True)
         step = UpdateStatistics(tokens=float(experience.lengths_B[rows].sum()))
-        groups = group_by_tokens(experience.lengths(rows), max_tokens)
+        groups = self._roles.microbatches(experience.lengths(rows), max_tokens)
         microbatches = [[rows[index] for index in group] for group in groups]
         # One role after the other, each with its backward inside: see PPO on one base in `pipeline.roles`.
         separate_critic = self._ppo.critic == "adapter"
