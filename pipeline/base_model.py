@@ -55,9 +55,6 @@ def load_base(base: BaseSettings, device: torch.device | str | None = None) -> B
     folder = as_folder(locate(base), base)
     chat = ChatFormat(read_tokenizer(folder, base))
     dtype = compute_dtype(base, device)
-    # Accelerate's launcher asks transformers to give the weights to one process of a machine only, and leaves it to
-    # its own FSDP to pass them on.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -374,13 +374,6 @@ TABLE = (
         ("tests/stages/test_sharding.py::test_a_process_holds_its_part_of_every_layer",),
     ),
     Mutation(
-        "sharding: weights are loaded in one process alone",
-        "pipeline/base_model.py",
-        '    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"\n',
-        "",
-        ("tests/stages/test_sharding.py::test_states_gradients_and_merged_copies_are_the_very_same",),
-    ),
-    Mutation(
         "sharding: the base is not shared out",
         "pipeline/sharding.py",
         "            fully_shard(layer,",

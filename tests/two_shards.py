@@ -94,6 +94,9 @@ def parts(folder: Path, quantization: str) -> None:
     target.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in computed(roles).items()}, target / "computed.safetensors")
     held.append(shards.bytes_here)
+    with shards.gathered():
+        gathered = shards.bytes_here
+    held.append(shards.bytes_here)
     responses = sampled(roles, world)
     for role in ("policy", "reward"):
         roles.save(role, target / role)
@@ -101,6 +104,7 @@ def parts(folder: Path, quantization: str) -> None:
     said = {
         "fingerprints": [before, fingerprint(roles.base.model)],
         "held": held,
+        "gathered": gathered,
         "whole": shards.whole_bytes,
         "responses": responses,
         "in_step": [len(group) for group in shards.in_step([[0, 1, 2, 3]] if world.rank else [[3, 1], [0], [2]])],

@@ -46,10 +46,10 @@ def shared_out(request, folder):
 
 
 def test_a_process_holds_its_part_of_every_layer(shared_out):
-    """Before, between and after the work; layers that had only been gathered once too often would show."""
+    """Before, between and after the work; and all of each layer in a block that gathers them."""
     for path in shared_out[1]:
         said = json.loads((path / "said.json").read_text())
-        assert len(set(said["held"])) == 1
+        assert len(set(said["held"])) == 1 and said["gathered"] == said["whole"]
         assert 0.45 * said["whole"] < said["held"][0] < 0.55 * said["whole"]
 
 
