@@ -27,7 +27,8 @@ from pipeline.base_source import locate
 from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
-from pipeline.merged_model import int8_scale
+from pipeline.merged_model import int8_scale, nf4_constants
+from pipeline.sharding import whole_tensor
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,15 @@ def _keep_4bit_storage_as_it_is(model: nn.Module) -> None:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the base's own parameters, buffers and quantization constants, adapters and heads left out.
 
-    Equal before and after a stage: the quantized base never changes.
+    Equal before and after a stage: the quantized base never changes. Where it is shared out, every process must come
+    here; the weights are gathered one by one.
     """
     hasher = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers(), *_quantization_constants(model)]:
         if any(part in name for part in ("lora_", "modules_to_save", "score.", "heads.")):
             continue
         hasher.update(name.replace("base_layer.", "").encode())
-        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        flat = whole_tensor(tensor.detach()).contiguous().flatten().view(torch.uint8)
         for chunk in torch.split(flat, 1 << 26):
             hasher.update(chunk.cpu().numpy().tobytes())
     return hasher.hexdigest()
@@ -195,7 +197,7 @@ def _quantization_constants(model: nn.Module) -> Iterator[tuple[str, torch.Tenso
     for name, module in model.named_modules():
         found: dict[str, Any] = {}
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            state = cast(Any, module.weight).quant_state
+            state = nf4_constants(module)
             found = {"absmax": state.absmax, "code": state.code, "offset": state.offset}
             if state.nested:
                 found |= {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code}

@@ -85,6 +85,16 @@ class World:
             return list(items)
         return cast(list[Item], gather_object(list(items)))
 
+    def concatenate(self, tensor: Tensor) -> Tensor:
+        """All processes' tensors [B, ...], which have one shape, in the order of their ranks: [B * size, ...]."""
+        if self.size == 1:
+            return tensor
+        # Bytes, since not every backend moves booleans.
+        mine = tensor.contiguous().to(self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8))
+        return torch.cat(parts).to(tensor.device)
+
     def wait(self) -> None:
         """Return when every process has come here."""
         self._state.wait_for_everyone()

@@ -87,12 +87,16 @@ def generate(
     numbers = range(len(prompts)) if numbers is None else numbers
     # Prompts of like length go together, so that little of a batch is padding.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    with torch.inference_mode(), roles.sampling_model(role, sampling.weights) as model:
+    # Layers that are gathered in inference mode could not be learned through afterwards.
+    without_gradients = torch.inference_mode() if roles.shards is None else torch.no_grad()
+    in_step = roles.samples_in_step(sampling.weights)
+    with without_gradients, roles.sampling_model(role, sampling.weights) as model:
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
             sampler = _Sampler(sampling, uniforms(seed, [numbers[index] for index in chosen], sampling), on_token)
             with _StateReader(roles) if with_values else nullcontext() as reader:
-                batch = _generate_batch(model, eos, [prompts[index] for index in chosen], sampling, sampler)
+                chosen_prompts = [prompts[index] for index in chosen]
+                batch = _generate_batch(model, eos, chosen_prompts, sampling, sampler, in_step=in_step)
             if reader is not None:
                 batch = [
                     replace(response, values=tuple(values[: len(response.ids)]))
@@ -134,7 +138,13 @@ def draw(probabilities_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _generate_batch(
-    model: Any, eos: int, prompts: Sequence[Sequence[int]], sampling: SamplingSettings, sampler: _Sampler
+    model: Any,
+    eos: int,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingSettings,
+    sampler: _Sampler,
+    *,
+    in_step: bool,
 ) -> list[Response]:
     longest = max(len(prompt) for prompt in prompts)
     input_ids_BQ = torch.full((len(prompts), longest), eos, dtype=torch.long)
@@ -153,6 +163,7 @@ def _generate_batch(
             use_cache=True,
         ),
         logits_processor=LogitsProcessorList([sampler]),
+        synced_gpus=in_step,  # go on until the last process has its last token
     )
     ids_BT = output[:, longest:]
     responses = []

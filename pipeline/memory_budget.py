@@ -25,10 +25,11 @@ class MemoryBudget:
         setting: the key that the size comes from, for messages.
         size: what the key says.
         say: told, as a sentence, when the size is lowered.
+        alone: False where other processes wait amid the work, so that it cannot be done again.
     """
 
-    def __init__(self, setting: str, size: int, say: Callable[[str], None]) -> None:
-        self.setting, self.size, self._say = setting, size, say
+    def __init__(self, setting: str, size: int, say: Callable[[str], None], *, alone: bool = True) -> None:
+        self.setting, self.size, self._say, self._alone = setting, size, say, alone
 
     def fit(self, work: Callable[[int], Result], *, smallest: int, whole: int, remedy: str) -> Result:
         """Do the work at the present size; after each lack of memory again at half of it.
@@ -58,6 +59,13 @@ class MemoryBudget:
                     remedy=remedy,
                 )
             halved = max(smallest, min(self.size, whole) // 2)
+            if not self._alone:
+                raise OutOfMemoryError(
+                    f"memory runs out with {self.setting}={self.size} ({said}), and what all processes do together"
+                    " cannot be done again",
+                    where=self.setting,
+                    remedy=f"Set {self.setting}={halved}; the same command goes on from the last checkpoint.",
+                )
             self._say(f"Out of memory with {self.setting}={self.size}; going on with {halved}.")
             self.size = halved
 

@@ -9,6 +9,7 @@ every round of PPO as `sampler/logprob_gap_mean`.
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import bitsandbytes
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +25,7 @@ SHARE_OF_MEMORY = 0.25
 """How much of the device's memory a copy may take where the choice is left to us."""
 
 _ACCELERATES_HOOKS = ("forward", "_old_forward", "_hf_hook")
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 def merged_copy(causal_model: PreTrainedModel, adapter: str | None) -> PreTrainedModel:
@@ -31,6 +34,8 @@ def merged_copy(causal_model: PreTrainedModel, adapter: str | None) -> PreTraine
     Args:
         causal_model: with PEFT's layers in it.
         adapter: which of them; None for the bare base.
+
+    Where the base is shared out, every process must come here; one layer after the other is gathered.
     """
     with torch.no_grad():
         return cast(PreTrainedModel, _copy(causal_model, adapter, causal_model.dtype))
@@ -54,18 +59,45 @@ def fits(causal_model: PreTrainedModel, device: torch.device) -> bool:
     return copy_bytes(causal_model) <= SHARE_OF_MEMORY * device_memory_bytes(device)
 
 
-def _copy(module: nn.Module, adapter: str | None, dtype: torch.dtype) -> nn.Module:
-    """The same module where no layer in it has adapters; else one of its kind, with copies of its children."""
+def _copy(module: nn.Module, adapter: str | None, dtype: torch.dtype, *, share: bool = True) -> nn.Module:
+    """The same module where no layer in it has adapters; else one of its kind, with copies of its children.
+
+    Args:
+        share: False copies also what no adapter changes.
+    """
     if isinstance(module, LoraLayer):
         return _merged_layer(module, adapter, dtype)
+    if isinstance(module, FSDPModule):
+        return _gathered_copy(module, adapter, dtype)
     if not any(isinstance(inner, LoraLayer) for inner in module.modules()):
-        return module
+        return module if share else copy.deepcopy(module)
     copied = module.__class__.__new__(module.__class__)
     copied.__dict__ = {name: value for name, value in module.__dict__.items() if name not in _ACCELERATES_HOOKS}
     children = {
-        name: child if child is None else _copy(child, adapter, dtype) for name, child in module._modules.items()
+        name: child if child is None else _copy(child, adapter, dtype, share=share)
+        for name, child in module._modules.items()
     }
-    copied.__dict__["_modules"] = children
+    copied.__dict__["_modules"], copied.__dict__["_parameters"] = children, dict(module._parameters)
+    return copied
+
+
+def _gathered_copy(layer: FSDPModule, adapter: str | None, dtype: torch.dtype) -> nn.Module:
+    """A copy of a shared-out layer that shares nothing with it: its weights are gone when it is given up again."""
+    sharded = cast(nn.Module, layer)
+    whole = sharded.__class__.__bases__[1]  # FSDP has put a class of its own above the layer's
+    assert issubclass(whole, nn.Module) and not issubclass(whole, FSDPModule)
+    layer.unshard()
+    try:
+        plain = whole.__new__(whole)
+        plain.__dict__ = {**sharded.__dict__, **{name: type(sharded.__dict__[name])() for name in _HOOKS}}
+        copied = _copy(plain, adapter, dtype, share=False)
+        kept = {parameter for name, parameter in sharded.named_parameters() if "lora_" not in name}
+        for module in copied.modules():
+            for name, parameter in module._parameters.items():
+                if parameter in kept:
+                    module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    finally:
+        layer.reshard()
     return copied
 
 
@@ -73,10 +105,16 @@ def _dequantized(layer: nn.Module) -> Tensor:
     """The layer's weight as plain numbers. PEFT's function for it spoils an int8 layer that has not computed yet."""
     weight = cast(Any, layer.weight)
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
-        return cast(Tensor, bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
+        return cast(Tensor, bitsandbytes.functional.dequantize_4bit(weight.data, nf4_constants(layer)))
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         return cast(Tensor, bitsandbytes.functional.int8_vectorwise_dequant(weight.data, int8_scale(layer)))
     return cast(Tensor, weight.detach())
+
+
+def nf4_constants(layer: bitsandbytes.nn.Linear4bit) -> Any:
+    """What the blocks of a 4-bit weight are scaled by; FSDP leaves it at the layer alone."""
+    constants = getattr(layer.weight, "quant_state", None)
+    return layer.quant_state if constants is None else constants
 
 
 def int8_scale(layer: bitsandbytes.nn.Linear8bitLt) -> Tensor:

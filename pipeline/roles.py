@@ -10,7 +10,7 @@ whichever adapter is active by then.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -27,11 +27,14 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.artifacts import Manifest, read_manifest, require_same_base
 from pipeline.base_model import Base
+from pipeline.batching import group_by_tokens
 from pipeline.config import LoraSettings
+from pipeline.distributed import World
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.lora_arithmetic import compute_in_the_bases_arithmetic
 from pipeline.merged_model import copy_bytes, fits, merged_copy
 from pipeline.scalar_head import RewardModel, ScalarHead, trunk_of, width_of
+from pipeline.sharding import Shards
 from pipeline.tensor_tree import save_tensors
 
 SamplingWeights = Literal["auto", "merged", "adapter"]
@@ -48,15 +51,18 @@ class Roles:
 
     Args:
         base: the loaded base; its model is wrapped in place.
+        share_out_to: the processes that hold the base together; None where each has all of it.
     """
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, share_out_to: World | None = None) -> None:
         self.base = base
         self.heads: dict[Role, ScalarHead] = {}
         self._causal_model = base.model
         self._peft: PeftModel | None = None
         self._active: Role | None = None
         self._trainable: set[Role] = set()
+        self._world = share_out_to
+        self.shards: Shards | None = None
 
     # -- what there is
 
@@ -152,6 +158,8 @@ class Roles:
             warnings.simplefilter("ignore")  # PEFT warns about bases without a hub id
             if self._peft is None:
                 self._peft = cast(PeftModel, get_peft_model(self._causal_model, config, adapter_name=role))
+                if self._world is not None:
+                    self.shards = Shards(self._causal_model, trunk_of(self._causal_model), self._world)
             else:
                 self._peft.add_adapter(role, config)
         for parameter in self.parameters(role).values():
@@ -244,12 +252,28 @@ class Roles:
 
     @contextmanager
     def sampling_model(self, role: Role | None, weights: SamplingWeights) -> Iterator[PreTrainedModel | PeftModel]:
-        """The model to sample a role with: a merged copy that lives as long as the block, or the role on the base."""
+        """The model to sample a role with: a merged copy that lives as long as the block, or the role on the base.
+
+        A base that is shared out is gathered for the block, unless processes are to sample in step.
+        """
         if self.merges(weights):
             yield merged_copy(self._causal_model, role)
         else:
-            with self.active(role):
+            gathers = self.shards is not None and self.shards.fits_whole
+            with self.active(role), cast(Shards, self.shards).gathered() if gathers else nullcontext():
                 yield self.model
+
+    def samples_in_step(self, weights: SamplingWeights) -> bool:
+        """Whether every token takes all processes: where the base is shared out, and too large to be gathered."""
+        return self.shards is not None and not self.shards.fits_whole and not self.merges(weights)
+
+    def microbatches(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        """Sequences of these lengths as `group_by_tokens` groups them; as many groups in every process that must wait.
+
+        Where the base is shared out, every process must come here with as many sequences.
+        """
+        groups = group_by_tokens(lengths, max_tokens)
+        return groups if self.shards is None else self.shards.in_step(groups)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The output head: hidden states [..., D] -> logits [..., V], with the architecture's own scaling."""

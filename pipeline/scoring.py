@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.batching import group_by_tokens, pad
+from pipeline.batching import pad
 from pipeline.errors import DivergenceError
 from pipeline.logprobs import TokenLogprobs, token_logprobs
 from pipeline.roles import Role, Roles
@@ -142,7 +142,7 @@ def score_rewards(roles: Roles, sequences: Sequence[Sequence[int]], *, max_token
     scores_B = torch.empty(len(sequences), dtype=torch.float32)
     roles.inference_mode()
     with torch.no_grad(), roles.active("reward"):
-        for group in group_by_tokens([len(sequence) for sequence in sequences], max_tokens):
+        for group in roles.microbatches([len(sequence) for sequence in sequences], max_tokens):
             ids_BL, mask_BL = pad([sequences[index] for index in group], roles.device)
             hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
             scores_B[group] = roles.head_values("reward", last_token(hidden_BLD, mask_BL)).cpu()
@@ -179,7 +179,7 @@ def _for_episodes(
     results: dict[int, Result] = {}
     roles.inference_mode()
     with torch.no_grad(), roles.active(role):
-        for group in group_by_tokens([len(episode.ids) for episode in episodes], max_tokens):
+        for group in roles.microbatches([len(episode.ids) for episode in episodes], max_tokens):
             batch = batch_episodes([episodes[index] for index in group], roles.device)
             hidden_BLD = roles.hidden_states(batch.ids_BL, batch.mask_BL)
             results.update(zip(group, compute(hidden_BLD, batch), strict=True))

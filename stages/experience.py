@@ -89,11 +89,11 @@ class Budgets:
     length_setting: str = "ppo.max_new_tokens"
 
     @classmethod
-    def of(cls, ppo: PPOSettings, say: Callable[[str], None] = print) -> Budgets:
-        """As the settings say."""
+    def of(cls, ppo: PPOSettings, say: Callable[[str], None] = print, *, alone: bool = True) -> Budgets:
+        """As the settings say; `alone` as in `MemoryBudget`."""
         return cls(
-            MemoryBudget("ppo.microbatch_tokens", ppo.microbatch_tokens, say),
-            MemoryBudget("ppo.rollout.batch_size", ppo.rollout.batch_size, say),
+            MemoryBudget("ppo.microbatch_tokens", ppo.microbatch_tokens, say, alone=alone),
+            MemoryBudget("ppo.rollout.batch_size", ppo.rollout.batch_size, say, alone=alone),
         )
 
     @property

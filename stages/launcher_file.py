@@ -27,7 +27,7 @@ Kind = Literal["none", "ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3", "meg
 ABLE: Mapping[Kind, frozenset[str]] = {
     "none": frozenset(STAGES),
     "ddp": frozenset(STAGES),
-    "fsdp": frozenset(),
+    "fsdp": frozenset({"ppo"}),
     "deepspeed_zero2": frozenset(),
     "deepspeed_zero3": frozenset(),
     "megatron_lm": frozenset(),
@@ -35,7 +35,7 @@ ABLE: Mapping[Kind, frozenset[str]] = {
 """Which stages work with which way of sharing the model. A kind is let through by naming the stages here."""
 
 _WHY_NOT: Mapping[Kind, str] = {
-    "fsdp": "the stages hold the base whole on each GPU",
+    "fsdp": "among the stages PPO alone shares out the base as yet",
     "deepspeed_zero2": "the stages step their optimizer themselves",
     "deepspeed_zero3": "the stages hold the base whole on each GPU, and DeepSpeed would split its packed weights",
     "megatron_lm": "the stages know no other model than transformers'",

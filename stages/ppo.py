@@ -50,6 +50,7 @@ from pipeline.registry import Registry
 from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
+from pipeline.sharding import asked_to_share_out
 from stages.command import stage_main
 from stages.experience import Budgets, collect, reward_model_scores
 from stages.gates import check_reward_round_trip, check_startup, require_fitting_parents
@@ -88,7 +89,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     # Adapters: the reference is the SFT adapter, the policy starts as its copy or at the promoted one.
     base = load_base(config.base, world.device)
     base_before = fingerprint(base.model)
-    roles = Roles(base)
+    roles = Roles(base, share_out_to=world if asked_to_share_out(world) else None)
     sft_digest = roles.add_from("reference", run.stage("sft")).digest
     promoted = Registry(config.registry.folder).stage("ppo") if ppo.start_from == "promoted" else None
     if promoted is None:
@@ -97,6 +98,9 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     else:
         started_from = roles.add_from("policy", promoted).digest
         say(f"The policy starts at the promoted one, {promoted}.")
+    if roles.shards is not None:
+        held, whole = roles.shards.bytes_here, roles.shards.whole_bytes
+        say(f"The base is shared out: each process holds {held / 1e6:.1f} of {whole / 1e6:.1f} MB of its layers.")
     calibration, measured = Calibration(), {}
     if config.needs_reward_model:
         reward_manifest = roles.add_from("reward", run.stage("reward"))
@@ -105,7 +109,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     add_critic(roles, ppo)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
-    budgets = Budgets.of(ppo, say)
+    budgets = Budgets.of(ppo, say, alone=roles.shards is None)
     rewards = RewardSum(ppo.rewards, reward_model_scores(roles, calibration, budgets))
 
     # What changes from step to step, and its checkpoints.

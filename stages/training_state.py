@@ -86,7 +86,9 @@ class TrainingState:
         state = checkpoint.state
         self.kl.load_state_dict(state["kl"])
         sizes = state["budgets"]
-        self.budgets.lower(*([sizes[self.world.rank]] if len(sizes) == self.world.size else sizes))
+        # Processes that share out the base work on equally many parts.
+        own = self.roles.shards is None and len(sizes) == self.world.size
+        self.budgets.lower(*([sizes[self.world.rank]] if own else sizes))
         self.best, self.metrics = state["best"], state["metrics"]
 
     def restore_roles(self, checkpoint: Checkpoint) -> None:
@@ -264,7 +266,8 @@ class Rounds:
         if self._world.maximum(float(found is None)):
             return None
         assert found is not None
-        budgets.lower(found.state["budgets"])
+        sizes = [found.state["budgets"]]
+        budgets.lower(*(sizes if roles.shards is None else self._world.gather(sizes)))
         tensors = load_file(found.folder / "round.safetensors")
         terms = {name: tensors.pop(f"terms/{name}") for name in found.state["terms"]}
         responses = torch.split(tensors.pop("responses"), tensors["lengths_B"].tolist())

@@ -1,5 +1,8 @@
 """PPO's update: epochs of minibatches over one round's experience.
 
+Minibatches are drawn from the responses of all processes, of which each takes an equal part: steps do not depend on
+how many processes there are, except for rounding.
+
 Shape legend: B response, T response token, N response token of any response of a microbatch.
 """
 
@@ -14,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.batching import group_by_tokens
 from pipeline.config import PPOSettings
 from pipeline.distributed import World
 from pipeline.errors import DivergenceError, StartupGateError
@@ -25,6 +27,7 @@ from pipeline.roles import Role, Roles
 from pipeline.scoring import batch_episodes, head_values, policy_logprobs
 from stages.experience import Budgets, Experience, ratio_tolerance
 from stages.interruption import stop_alone, stop_together
+from stages.whole_round import WholeRound
 
 
 @dataclass
@@ -103,7 +106,7 @@ class Updater:
         roles: with `policy` trainable, and `value` (its adapter only with `critic: adapter`).
         optimizer: over the parameters of both roles.
         ppo: the settings.
-        seed: the run's; minibatches follow from (seed, iteration, epoch, rank).
+        seed: the run's; minibatches follow from (seed, iteration, epoch).
         world: all processes.
         budgets: how much to do at once.
     """
@@ -146,37 +149,38 @@ class Updater:
         give_back_freed_memory()
         self._roles.training_mode(gradient_checkpointing=self._ppo.gradient_checkpointing)
         statistics = UpdateStatistics() if statistics is None else statistics
+        whole = WholeRound.of(experience, self._world)
         minibatches = [
             (epoch, number, rows)
             for epoch in range(self._ppo.epochs)
-            for number, rows in enumerate(self._minibatches(len(experience.episodes), iteration, epoch))
+            for number, rows in enumerate(self._minibatches(len(whole.episodes), iteration, epoch))
         ]
         for epoch, number, rows in minibatches[statistics.steps :]:
             stop_together(self._world)
             where = f"iteration {iteration + 1}, epoch {epoch + 1}, minibatch {number + 1}"
             first = statistics.steps == 0
-            statistics.add(self._step(experience, rows, critic_only=critic_only, first=first, where=where))
+            statistics.add(self._step(whole, rows, critic_only=critic_only, first=first, where=where))
         self._roles.inference_mode()
         give_back_freed_memory()
         return statistics
 
     def _minibatches(self, responses: int, iteration: int, epoch: int) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(
-            derive_seed(self._seed, "minibatches", iteration, epoch, self._world.rank)
-        )
+        """The rows of each minibatch of an epoch, over all processes."""
+        # The last part was the process's rank while each shuffled by itself; one process still gives the bytes it gave.
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "minibatches", iteration, epoch, 0))
         order = torch.randperm(responses, generator=generator).tolist()
-        each = self._ppo.minibatch_size // self._world.size
-        for start in range(0, responses, each):
-            yield order[start : start + each]
+        for start in range(0, responses, self._ppo.minibatch_size):
+            yield order[start : start + self._ppo.minibatch_size]
 
     def _step(
-        self, experience: Experience, rows: list[int], *, critic_only: bool, first: bool, where: str
+        self, experience: WholeRound, minibatch: list[int], *, critic_only: bool, first: bool, where: str
     ) -> UpdateStatistics:
-        """One optimizer step; returns what it alone counts."""
+        """One optimizer step; returns what it alone counts, in this process."""
         started = time.monotonic()
-        normalizer = float(self._world.sum(experience.lengths_B[rows].sum()))
+        normalizer = float(experience.lengths_B[minibatch].sum())
+        rows = experience.share(minibatch, self._world)
         step = self._budgets.fit_sequences(
-            [len(experience.episodes[row].ids) for row in rows],
+            experience.lengths(rows),
             lambda max_tokens: self._backward(
                 experience, rows, normalizer, max_tokens, critic_only=critic_only, first=first
             ),
@@ -197,7 +201,7 @@ class Updater:
 
     def _backward(
         self,
-        experience: Experience,
+        experience: WholeRound,
         rows: list[int],
         normalizer: float,
         max_tokens: int,
@@ -208,8 +212,8 @@ class Updater:
         """The gradients of a minibatch, and what was seen on the way. Can be done again: it starts from none."""
         self._optimizer.zero_grad(set_to_none=True)
         step = UpdateStatistics(tokens=float(experience.lengths_B[rows].sum()))
-        lengths = [len(experience.episodes[row].ids) for row in rows]
-        microbatches = [[rows[index] for index in group] for group in group_by_tokens(lengths, max_tokens)]
+        groups = self._roles.microbatches(experience.lengths(rows), max_tokens)
+        microbatches = [[rows[index] for index in group] for group in groups]
         # One role after the other, each with its backward inside: see PPO on one base in `pipeline.roles`.
         separate_critic = self._ppo.critic == "adapter"
         if not (critic_only and separate_critic):
@@ -234,7 +238,7 @@ class Updater:
 
     def _policy_backward(
         self,
-        experience: Experience,
+        experience: WholeRound,
         rows: list[int],
         normalizer: float,
         statistics: UpdateStatistics,
@@ -275,7 +279,7 @@ class Updater:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def _critic_backward(
-        self, experience: Experience, rows: list[int], normalizer: float, statistics: UpdateStatistics
+        self, experience: WholeRound, rows: list[int], normalizer: float, statistics: UpdateStatistics
     ) -> None:
         batch = batch_episodes([experience.episodes[row] for row in rows], self._roles.device)
         hidden_BLD = self._roles.hidden_states(batch.ids_BL, batch.mask_BL)
@@ -284,7 +288,7 @@ class Updater:
         _note_value(statistics, value)
         value.loss.backward()  # type: ignore[no-untyped-call]
 
-    def _value_loss(self, experience: Experience, rows: list[int], values_N: Tensor, normalizer: float) -> ValueLoss:
+    def _value_loss(self, experience: WholeRound, rows: list[int], values_N: Tensor, normalizer: float) -> ValueLoss:
         return value_loss(
             values_N[None],
             _take(experience.values_BT, experience, rows),
@@ -319,7 +323,7 @@ def _diverged(problem: str, where: str) -> DivergenceError:
     )
 
 
-def _take(values_BT: Tensor, experience: Experience, rows: list[int]) -> Tensor:
+def _take(values_BT: Tensor, experience: WholeRound, rows: list[int]) -> Tensor:
     """The response tokens of some rows, one after the other: [1, N]."""
     return values_BT[rows][experience.mask_BT[rows]][None]
 

@@ -6,12 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 
 
-def run_together(*arguments: str | Path, processes: int = 2, seconds: float = 300.0) -> None:
+def run_together(
+    *arguments: str | Path, processes: int = 2, seconds: float = 300.0, variables: Mapping[str, str] | None = None
+) -> None:
     """Start Python with these arguments once a process, and wait until all have ended well."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -22,7 +25,7 @@ def run_together(*arguments: str | Path, processes: int = 2, seconds: float = 30
     running = [
         subprocess.Popen(
             [sys.executable, *map(str, arguments)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | shared | dict(variables or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

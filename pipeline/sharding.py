@@ -1,0 +1,151 @@
+"""The frozen base shared out among the processes with FSDP2: each keeps a part of every decoder layer.
+
+A layer is gathered where it computes and given up after it. Only the layers are shared out:
+
+- Adapters and heads stay whole in every process, and their gradients are summed as ever. They are a hundredth of the
+  base, and whatever saves, restores or steps on them need not know of shards.
+- Embeddings and output head stay whole: they are read outside of the layers, as often as a process has tokens to read,
+  and gathering takes all processes at once.
+
+As every layer's pass takes all processes, they pass in step: see `Shards.in_step`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import bitsandbytes
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from pipeline.distributed import World
+from pipeline.errors import BaseModelError, ConfigError
+from pipeline.merged_model import device_memory_bytes
+
+SHARE_OF_MEMORY = 0.5
+"""How much of the device's memory the whole base may take while it samples."""
+
+
+def asked_to_share_out(world: World) -> bool:
+    """Whether the launcher asks for FSDP, and there is someone to share the base with.
+
+    Raises:
+        ConfigError: it asks for shares in main memory.
+    """
+    if world.size == 1 or not _switch("ACCELERATE_USE_FSDP"):
+        return False
+    if _switch("FSDP_OFFLOAD_PARAMS"):
+        raise ConfigError(
+            "the launcher asks for FSDP with shares in main memory, which no stage can do",
+            where="launch.cpu_offload",
+            remedy="Set launch.cpu_offload=false, or fsdp_offload_params: false in a launcher file of your own.",
+        )
+    return True
+
+
+def _switch(variable: str, default: str = "false") -> bool:
+    return os.environ.get(variable, default).lower() in ("1", "true")
+
+
+class Shards:
+    """The decoder layers of a base, shared out. Every process must make one, with the same base.
+
+    Args:
+        model: the causal model with an adapter on it already, since PEFT looks at the weights to choose its layers.
+        trunk: its decoder.
+        world: all processes.
+
+    Raises:
+        BaseModelError: it is not known which modules are the architecture's layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, trunk: nn.Module, world: World) -> None:
+        self._world = world
+        self._reshard = _switch("FSDP_RESHARD_AFTER_FORWARD", "true")
+        kinds = set(model._no_split_modules or ())
+        layers = [module for module in trunk.modules() if type(module).__name__ in kinds]
+        if not layers:
+            raise BaseModelError(
+                f"{type(model).__name__} does not say which modules are its layers",
+                where="launch.strategy=fsdp",
+                remedy="Set launch.strategy=ddp.",
+            )
+        self.whole_bytes = sum(_bytes(parameter) for layer in layers for parameter in _frozen(layer))
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for layer in layers:
+            _keep_quantization_constants(layer)
+            learning = set(layer.parameters()) - set(_frozen(layer))
+            fully_shard(layer, mesh=mesh, reshard_after_forward=self._reshard, ignored_params=learning)
+        self._layers = [cast(FSDPModule, layer) for layer in layers]
+
+    @property
+    def bytes_here(self) -> int:
+        """What this process holds of the layers' weights now."""
+        return sum(_bytes(parameter) for layer in self._layers for parameter in _frozen(cast(nn.Module, layer)))
+
+    @property
+    def fits_whole(self) -> bool:
+        """Whether the layers may be gathered all at once. Depends on nothing that changes during a run."""
+        return self.whole_bytes <= SHARE_OF_MEMORY * device_memory_bytes(self._world.device)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A block in which every process has the whole base, and computes without the others.
+
+        Every process must come here.
+        """
+        for layer in self._layers:
+            layer.set_reshard_after_forward(False)
+            layer.unshard()
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.set_reshard_after_forward(self._reshard)
+                layer.reshard()
+
+    def in_step(self, groups: Sequence[list[int]]) -> list[list[int]]:
+        """The same items in as many groups as the process with the most groups has: one forward pass each.
+
+        Every process must come here, with as many items as the others.
+        """
+        groups = list(groups)
+        wanted = int(self._world.maximum(float(len(groups))))
+        while len(groups) < wanted:
+            largest = max(range(len(groups)), key=lambda place: len(groups[place]))
+            group = groups[largest]
+            groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+        return groups
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A parameter gathered from its shards, or as it is. Every process must come here."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _frozen(layer: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in layer.named_parameters() if "lora_" not in name]
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return here.numel() * here.element_size()
+
+
+def _keep_quantization_constants(layer: nn.Module) -> None:
+    """FSDP replaces a weight by a plain one; bitsandbytes then looks for its constants at the module."""
+    for module in layer.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.quant_state = cast(Any, module.weight).quant_state
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            raise ConfigError(
+                "FSDP cannot share out weights of base.quantization=int8",
+                where="launch.strategy=fsdp",
+                remedy="Set base.quantization=nf4, or launch.strategy=ddp.",
+            )

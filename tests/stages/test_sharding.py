@@ -1,0 +1,152 @@
+"""Two processes that share out the base with FSDP2 compute, save and learn what one with the whole base does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import two_processes
+import two_shards
+from process_group import TESTS, run_together
+from safetensors.torch import load_file
+from tiny_models import tiny_config
+from tiny_ppo import publish_reward, publish_sft
+
+from pipeline.base_model import fingerprint
+from pipeline.distributed import World
+from pipeline.errors import ConfigError, OutOfMemoryError
+from pipeline.memory_budget import MemoryBudget
+from pipeline.run_directory import RunDirectory
+from pipeline.sharding import asked_to_share_out
+from stages import ppo
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes leave behind; started once for all tests of this file."""
+    folder = tmp_path_factory.mktemp("shards")
+    for quantization in two_shards.QUANTIZATIONS:
+        two_shards.made_up_roles(folder, quantization, None)  # makes the base's folder
+    for name, settings in two_shards.RUNS.items():
+        loaded = tiny_config(folder / name, *two_shards.SETTINGS, *settings)
+        publish_reward(loaded, publish_sft(loaded))
+        for kind in ("alone", "stopped"):
+            shutil.copytree(loaded.config.run_dir, folder / kind / name)
+    run_together(TESTS / "two_shards.py", folder, variables=two_shards.VARIABLES)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(two_shards.QUANTIZATIONS))
+def shared_out(request, folder):
+    """The parts on a base of this quantization: roles that have it whole, and what each process said and saved."""
+    both = [folder / f"{request.param}-{rank}" for rank in (0, 1)]
+    return two_shards.made_up_roles(folder, request.param, None), both
+
+
+def test_a_process_holds_its_part_of_every_layer(shared_out):
+    """Before, between and after the work; and all of each layer in a block that gathers them."""
+    for path in shared_out[1]:
+        said = json.loads((path / "said.json").read_text())
+        assert len(set(said["held"])) == 1 and said["gathered"] == said["whole"]
+        assert 0.45 * said["whole"] < said["held"][0] < 0.55 * said["whole"]
+
+
+def test_states_gradients_and_merged_copies_are_the_very_same(shared_out):
+    roles, both = shared_out
+    wanted = two_shards.computed(roles)
+    for path in both:
+        found = load_file(path / "computed.safetensors")
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor), name
+
+
+def test_the_base_has_the_fingerprint_that_it_has_whole(shared_out):
+    roles, both = shared_out
+    for path in both:
+        assert json.loads((path / "said.json").read_text())["fingerprints"] == [fingerprint(roles.base.model)] * 2
+
+
+def test_an_adapter_is_saved_as_the_same_bytes(shared_out, tmp_path):
+    roles, both = shared_out
+    for role in ("policy", "reward"):
+        roles.save(role, tmp_path / role)
+        for file in (tmp_path / role).iterdir():
+            for path in both:
+                assert (path / role / file.name).read_bytes() == file.read_bytes()
+
+
+def test_processes_sample_in_step_though_one_needs_more_tokens(shared_out):
+    roles, both = shared_out
+    said = [json.loads((path / "said.json").read_text()) for path in both]
+    lengths = [max(len(response) for response in each["responses"]) for each in said]
+    assert lengths == [4, 8]
+    for rank, each in enumerate(said):
+        alone = two_shards.sampled(roles, _Rank(rank))
+        assert each["responses"] == alone
+
+
+def test_processes_make_equally_many_passes(shared_out):
+    said = [json.loads((path / "said.json").read_text())["in_step"] for path in shared_out[1]]
+    assert [len(groups) for groups in said] == [3, 3] and [sum(groups) for groups in said] == [4, 4]
+
+
+class _Rank:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+
+def alone(folder, name, kind):
+    """The stage with the whole base in one process."""
+    loaded = two_shards.config(folder, name, kind)
+    with two_processes.recorded_rounds() as rounds:
+        ppo.run(loaded, RunDirectory.find(loaded))
+    return RunDirectory.find(loaded).stage("ppo"), rounds
+
+
+def require_same_adapters(one, two):
+    files = [path.relative_to(one) for path in sorted(one.rglob("*.safetensors"))]
+    assert len(files) >= 2
+    for file in files:
+        ours, theirs = load_file(one / file), load_file(two / file)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            # As for two processes with the whole base: see test_processes.py.
+            assert torch.allclose(ours[name], theirs[name], rtol=0, atol=3e-7), (file, name)
+
+
+@pytest.mark.parametrize("name", list(two_shards.RUNS))
+def test_a_run_on_a_shared_out_base_gives_the_adapters_of_one_process(folder, name):
+    one, rounds = alone(folder, name, "alone")
+    first, second = (json.loads((folder / f"rounds-{name}-{rank}.json").read_text()) for rank in (0, 1))
+    assert rounds == [first[0] + second[0], first[1] + second[1]]
+    require_same_adapters(one, folder / name / "run" / "ppo")
+
+
+def test_a_run_that_two_processes_began_is_ended_by_one(folder):
+    assert all((folder / f"stopped-{rank}").exists() for rank in (0, 1))
+    one, rounds = alone(folder, "in_step", "stopped")
+    assert len(rounds) == 1  # the first of two iterations is not done again
+    require_same_adapters(one, folder / "in_step" / "run" / "ppo")
+
+
+def test_lack_of_memory_amid_common_work_is_an_error_with_the_size_to_set():
+    budget = MemoryBudget("ppo.microbatch_tokens", 4096, pytest.fail, alone=False)
+
+    def work(size):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(OutOfMemoryError, match="cannot be done again") as caught:
+        budget.fit(work, smallest=100, whole=3000, remedy="")
+    assert "ppo.microbatch_tokens=1500" in caught.value.remedy
+
+
+def test_shares_in_main_memory_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(World, "size", 2)
+    assert asked_to_share_out(World())
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ConfigError, match="main memory"):
+        asked_to_share_out(World())
