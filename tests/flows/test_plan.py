@@ -79,7 +79,7 @@ def test_an_own_launcher_file_decides() -> None:
     path = ROOT / "configs/accelerate/fsdp2.yaml"
     options = ["sft.microbatch_size=1", "reward.microbatch_size=1", f"launch.accelerate_config={path}", "--json"]
     plan = json.loads(trivet("plan", ROOT / "configs/one_gpu_8b.yaml", *options).stdout)
-    assert plan["strategy"] == "fsdp" and plan["able"] == []
+    assert plan["strategy"] == "fsdp" and plan["able"] == ["ppo"]
     assert plan["stages"]["sft"]["at"] == "loading"
 
 
