@@ -28,7 +28,7 @@ from pipeline.base_source import PACKAGE_PREFIX, locate
 from pipeline.config import LaunchSettings
 from pipeline.config_file import load_config
 from pipeline.errors import TrivetError
-from pipeline.memory import megabytes
+from pipeline.memory import megabytes, memory_limit
 from stages.launch import SOURCE_ROOT, available_cores, child_environment
 
 _HUB = "https://huggingface.co"
@@ -146,17 +146,6 @@ def check_machine() -> Iterator[Finding]:
         yield Finding("memory", "note", megabytes(memory), "The demo needs 4 GB.")
     else:
         yield Finding("memory", "ok", megabytes(memory))
-
-
-def memory_limit() -> int | None:
-    """Main memory in bytes: the machine's, or a container's limit where that is lower. None: unknown."""
-    limits = []
-    try:
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        pass  # No such limit, or the word "max".
-    return min(limits, default=None)
 
 
 def check_devices() -> Iterator[Finding]:

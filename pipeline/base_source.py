@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -148,19 +149,39 @@ def in_package(reference: str) -> Path:
 
 def _from_hub(base: BaseSettings) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", *(["*.py"] if base.trust_remote_code else [])]
+    return fetched_from_hub(
+        base,
+        "the base",
+        "this model",
+        lambda: snapshot_download(base.model, revision=base.revision, allow_patterns=wanted),
+    )
+
+
+def fetched_from_hub(base: BaseSettings, what: str, refused: str, fetch: Callable[[], str]) -> Path:
+    """Where the hub's client has put something of the base.
+
+    Args:
+        what: how errors call it.
+        refused: how they call what the hub does not hand out.
+        fetch: asks the client, which downloads it or finds it in its cache.
+
+    Raises:
+        BaseModelError: there is no such thing, or it cannot be had.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        return Path(snapshot_download(base.model, revision=base.revision, allow_patterns=wanted))
+        return Path(fetch())
     except HFValidationError:
         problem = "this is neither a folder, nor a GGUF file, nor a valid hub id"
     except LocalEntryNotFoundError:
-        problem = "the base is not in the hub's local cache, and the hub cannot be reached"
+        problem = f"{what} is not in the hub's local cache, and the hub cannot be reached"
     except HfHubHTTPError as error:
-        problem = f"the hub refuses this model: {str(error).splitlines()[0]}"
+        problem = f"the hub refuses {refused}: {str(error).splitlines()[0]}"
     except OSError as error:
-        problem = f"the base could not be fetched from the hub: {error}"
+        problem = f"{what} could not be fetched from the hub: {error}"
     raise BaseModelError(
         problem,
         where=f"base.model={base.model}",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.memory import main_memory_bytes, memory_limit
 
 GIB = 2**30
 
@@ -113,12 +114,10 @@ def cards_here() -> list[Card]:
 
 def main_memory() -> Card:
     """This machine's main memory, as far as a container lets it be used."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # Without a limit it is the word "max".
     flags = ""
     with contextlib.suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text()
+    total = memory_limit() or main_memory_bytes()
     return Card("this machine's main memory", total, bfloat16="avx512_bf16" in flags, is_gpu=False)
 
 

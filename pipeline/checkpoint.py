@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.artifacts import folder_files, seal, unseal
 from pipeline.disk import writing
-from pipeline.run_directory import read_json, sync, sync_tree, write_json
+from pipeline.run_directory import read_json, replace_folder, sync_tree, write_json
 from pipeline.tensor_tree import save_tensors
 
 STATE = "state.json"
@@ -71,12 +71,7 @@ class CheckpointFolder:
                 write_json(draft / STATE, seal(content))
                 sync_tree(draft)
                 target = self.root / f"{step:08d}"
-                retired = self.root / f"{_RETIRED}{target.name}"
-                if target.exists():
-                    os.rename(target, retired)
-                os.rename(draft, target)
-                sync(self.root)
-                shutil.rmtree(retired, ignore_errors=True)
+                replace_folder(target, draft, self.root / f"{_RETIRED}{target.name}")
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         # A later step is not this run's: it was passed over, and would push out what is written now.

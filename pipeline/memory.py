@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
@@ -45,6 +46,22 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def main_memory_bytes() -> int:
+    """All main memory of this machine, whatever a container lets it use."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_limit() -> int | None:
+    """Main memory in bytes: the machine's, or a container's limit where that is lower. None: unknown."""
+    limits = []
+    try:
+        limits.append(main_memory_bytes())
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        pass  # No such limit, or the word "max".
+    return min(limits, default=None)
 
 
 def give_back_freed_memory() -> None:

@@ -10,7 +10,6 @@ every round of PPO as `sampler/logprob_gap_mean`.
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any, cast
 
 import bitsandbytes
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from pipeline.memory import main_memory_bytes
 
 SHARE_OF_MEMORY = 0.25
 """How much of the device's memory a copy may take where the choice is left to us."""
@@ -51,7 +52,7 @@ def device_memory_bytes(device: torch.device) -> int:
     """All memory of the device, used or not."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return main_memory_bytes()
 
 
 def fits(causal_model: PreTrainedModel, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.base_source import PACKAGE_PREFIX, in_package
+from pipeline.base_source import PACKAGE_PREFIX, fetched_from_hub, in_package
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
 
@@ -204,23 +204,11 @@ def shape_from_config(settings: Any, *, name: str, where: str) -> ModelShape:
 
 def _config_from_hub(base: BaseSettings) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(base.model, "config.json", revision=base.revision))
-    except HFValidationError:
-        problem = "this is neither a folder, nor a GGUF file, nor a valid hub id"
-    except LocalEntryNotFoundError:
-        problem = "the model's config is not in the hub's local cache, and the hub cannot be reached"
-    except HfHubHTTPError as error:
-        problem = f"the hub refuses this model's config: {str(error).splitlines()[0]}"
-    except OSError as error:
-        problem = f"the model's config could not be fetched from the hub: {error}"
-    raise BaseModelError(
-        problem,
-        where=f"base.model={base.model}",
-        remedy="Check the name and the connection (trivet doctor), or give the path of a local folder.",
-    ) from None
+    what, refused = "the model's config", "this model's config"
+    return fetched_from_hub(
+        base, what, refused, lambda: hf_hub_download(base.model, "config.json", revision=base.revision)
+    )
 
 
 # The value types of GGUF's metadata that have a fixed size: struct's letter.

@@ -212,24 +212,10 @@ class RunDirectory:
                 yield draft
                 sync_tree(draft)
                 draft.chmod(0o755)
-                self._replace(self.stage(name), draft)
+                replace_folder(self.stage(name), draft, draft.with_name(draft.name + _RETIRED))
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(self.working(name), ignore_errors=True)
-
-    def _replace(self, target: Path, draft: Path) -> None:
-        """Put a complete folder in the place of an earlier one. A kill between the renames is put right by `_tidy`."""
-        retired = draft.with_name(draft.name + _RETIRED)
-        try:
-            if target.exists():
-                os.rename(target, retired)
-            os.rename(draft, target)
-        except BaseException:
-            if retired.exists() and not target.exists():
-                os.rename(retired, target)
-            raise
-        sync(self.root)
-        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _owner(loaded: LoadedConfig) -> dict[str, Any]:
@@ -291,6 +277,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _not_json(constant: str) -> float:
     raise ValueError(f"{constant} is no JSON")
+
+
+def replace_folder(target: Path, draft: Path, retired: Path) -> None:
+    """Put a complete folder in the place of an earlier one, if there is one.
+
+    Args:
+        retired: what the earlier one is called between the two renames. Whoever opens the folders next after a kill
+            gives it its name back where `target` is missing.
+    """
+    try:
+        if target.exists():
+            os.rename(target, retired)
+        os.rename(draft, target)
+    except BaseException:
+        if retired.exists() and not target.exists():
+            os.rename(retired, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

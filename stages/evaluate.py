@@ -102,12 +102,12 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         batch_size=config.evaluate.batch_size,
         weights=config.ppo.rollout.weights,
     )
-    parts = Parts(run.working("evaluate") / "parts", inputs_digest=digest(inputs), world=world)
     budgets = Budgets(
         MemoryBudget("ppo.microbatch_tokens", config.ppo.microbatch_tokens, say),
         MemoryBudget("evaluate.batch_size", config.evaluate.batch_size, say),
         length_setting="evaluate.max_new_tokens",
     )
+    parts = Parts(run.working("evaluate") / "parts", inputs_digest=digest(inputs), world=world, budgets=budgets)
     answers = {}
     with deferred(), progress(2 * len(prompts), "evaluate", "answers") as bar:
         for name, role in CONTESTANTS:
@@ -118,7 +118,6 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                 prompts,
                 sampling,
                 seed=(config.seed, "evaluate"),
-                budgets=budgets,
                 on_batch=bar.advance,
             )
 
@@ -204,7 +203,6 @@ def answer(
     sampling: SamplingSettings,
     *,
     seed: tuple[int | str, ...],
-    budgets: Budgets,
     on_batch: Callable[[int], None],
 ) -> Answers:
     """One sampled answer a prompt. Both contestants get the same seeds, so that equal policies answer equally."""
@@ -216,8 +214,6 @@ def answer(
         ids,
         sampling,
         seed=seed,
-        budget=budgets.responses,
-        length_setting=budgets.length_setting,
         on_batch=on_batch,
     )
     return Answers(

@@ -82,7 +82,10 @@ def sampling_settings(ppo: PPOSettings) -> SamplingSettings:
 
 @dataclass(frozen=True)
 class Budgets:
-    """How much goes through the model at once; lowered where memory runs out, and then kept."""
+    """How much goes through the model at once; lowered where memory runs out, and then kept.
+
+    `length_setting` is the key that says how long responses may get, for errors.
+    """
 
     tokens: MemoryBudget
     responses: MemoryBudget
@@ -125,32 +128,25 @@ class Budgets:
             f" to {longest // 2}, or set ppo.gradient_checkpointing=true, base.quantization=nf4.",
         )
 
+    def fit_responses(
+        self, sampling: SamplingSettings, count: int, work: Callable[[SamplingSettings], Result]
+    ) -> Result:
+        """Sample responses, as many at once as memory allows.
 
-def fit_responses(
-    budget: MemoryBudget,
-    sampling: SamplingSettings,
-    count: int,
-    work: Callable[[SamplingSettings], Result],
-    *,
-    length_setting: str = "ppo.max_new_tokens",
-) -> Result:
-    """Sample responses, as many at once as memory allows.
+        Args:
+            count: how many there are to sample.
+            work: takes the settings with a batch size that is tried; can be done again from its start.
 
-    Args:
-        length_setting: the key that says how long they may get, for the error.
-        count: how many there are to sample.
-        work: takes the settings with a batch size that is tried; can be done again from its start.
-
-    Raises:
-        OutOfMemoryError: a single response does not fit.
-    """
-    return budget.fit(
-        lambda size: work(replace(sampling, batch_size=size)),
-        smallest=1,
-        whole=count,
-        remedy=f"One response does not fit: set {length_setting} to {sampling.max_new_tokens // 2}, or lower"
-        " ppo.max_prompt_tokens, or set ppo.rollout.weights=adapter.",
-    )
+        Raises:
+            OutOfMemoryError: a single response does not fit.
+        """
+        return self.responses.fit(
+            lambda size: work(replace(sampling, batch_size=size)),
+            smallest=1,
+            whole=count,
+            remedy=f"One response does not fit: set {self.length_setting} to {sampling.max_new_tokens // 2}, or lower"
+            " ppo.max_prompt_tokens, or set ppo.rollout.weights=adapter.",
+        )
 
 
 def ratio_tolerance(ppo: PPOSettings, arithmetic: str) -> float:
@@ -223,8 +219,7 @@ def answer(
     chat = roles.base.chat
     started = time.monotonic()
     prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
-    responses = fit_responses(
-        budgets.responses,
+    responses = budgets.fit_responses(
         sampling,
         len(prompts),
         lambda fitting: generate(

@@ -14,11 +14,10 @@ from typing import Any
 from pipeline.artifacts import seal, unseal
 from pipeline.distributed import World
 from pipeline.generation import SamplingSettings, generate
-from pipeline.memory_budget import MemoryBudget
 from pipeline.progress import say
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import read_json, write_json
-from stages.experience import fit_responses
+from stages.experience import Budgets
 from stages.interruption import stop_alone, stop_together
 
 
@@ -37,10 +36,11 @@ class Parts:
         folder: where the parts are kept.
         inputs_digest: identity of what the stage is made from; parts of other inputs do not count.
         world: the processes that share the work.
+        budgets: how much goes through the model at once, as far as memory goes; a part keeps what they had come to.
     """
 
-    def __init__(self, folder: Path, *, inputs_digest: str, world: World) -> None:
-        self._folder, self._inputs_digest, self._world = folder, inputs_digest, world
+    def __init__(self, folder: Path, *, inputs_digest: str, world: World, budgets: Budgets) -> None:
+        self._folder, self._inputs_digest, self._world, self.budgets = folder, inputs_digest, world, budgets
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:
         """A part as JSON gives it back: from an earlier start if it is whole, else made now."""
@@ -48,12 +48,14 @@ class Parts:
         try:
             found = unseal(read_json(path), path, "")
             if found["inputs_digest"] == self._inputs_digest:
+                self.budgets.lower(found["budgets"])
                 return found["part"]
         except FileNotFoundError:
             pass  # not made yet
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"warning: {path} cannot be used ({error}); that part is made again")
-        made = seal({"inputs_digest": self._inputs_digest, "part": make()})
+        part = make()
+        made = seal({"inputs_digest": self._inputs_digest, "budgets": self.budgets.sizes, "part": part})
         write_json(path, made)
         return made["part"]
 
@@ -98,15 +100,9 @@ class Parts:
         sampling: SamplingSettings,
         *,
         seed: tuple[int | str, ...],
-        budget: MemoryBudget,
-        length_setting: str = "ppo.max_new_tokens",
         on_batch: Callable[[int], None],
     ) -> list[Answer]:
-        """One sampled answer a prompt; arguments as for `pipeline.generation.generate`.
-
-        Args:
-            budget: how many answers to sample at once, as far as memory goes. The answers do not depend on it.
-            length_setting: the key that says how long they may get, for the error.
+        """One sampled answer a prompt, whatever the budgets; arguments as for `pipeline.generation.generate`.
 
         Raises:
             OutOfMemoryError: a single answer does not fit.
@@ -115,8 +111,7 @@ class Parts:
 
         def sample(batch: Sequence[int]) -> list[Any]:
             chosen = [prompts[index] for index in batch]
-            responses = fit_responses(
-                budget,
+            responses = self.budgets.fit_responses(
                 sampling,
                 len(chosen),
                 lambda fitting: generate(
@@ -128,7 +123,6 @@ class Parts:
                     numbers=batch,
                     on_token=lambda: stop_alone(self._world),
                 ),
-                length_setting=length_setting,
             )
             return [[response.ids, response.finished] for response in responses]
 

@@ -124,8 +124,12 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     scores = require_finite(
         score_pairs(roles, held_out_pairs, scoring_tokens), "score of a held-out pair", where="reward"
     )
-    parts = Parts(run.working("reward") / "parts", inputs_digest=digest(inputs), world=World())
-    calibration, calibration_metrics = calibrate(roles, prompts, config, scoring_tokens, parts)
+    budgets = Budgets(
+        MemoryBudget("reward.microbatch_size * reward.max_length", scoring_tokens, say),
+        MemoryBudget("ppo.rollout.batch_size", config.ppo.rollout.batch_size, say),
+    )
+    parts = Parts(run.working("reward") / "parts", inputs_digest=digest(inputs), world=World(), budgets=budgets)
+    calibration, calibration_metrics = calibrate(roles, prompts, config, parts)
     probe = reward_probe(roles, sample)
     require_unchanged(base, base_before)
 
@@ -262,12 +266,11 @@ def require_same_scores(trained_B: Tensor, loaded_B: Tensor) -> None:
 
 
 def calibrate(
-    roles: Roles, prompts: Sequence[Sequence[int]], config: PipelineConfig, max_tokens: int, parts: Parts
+    roles: Roles, prompts: Sequence[Sequence[int]], config: PipelineConfig, parts: Parts
 ) -> tuple[Calibration, dict[str, float]]:
     """Let the SFT policy answer, and find the gain and bias that standardise the scores of its answers.
 
     Args:
-        max_tokens: tokens of one forward pass, padding included.
         parts: shares the sampling with the other processes, and keeps what is done.
 
     Raises:
@@ -275,10 +278,6 @@ def calibrate(
         Interrupted: the stage was asked to stop; the answers so far are kept.
     """
     sampling = sampling_settings(config.ppo)
-    budgets = Budgets(
-        MemoryBudget("reward.microbatch_size * reward.max_length", max_tokens, say),
-        MemoryBudget("ppo.rollout.batch_size", config.ppo.rollout.batch_size, say),
-    )
     with deferred(), progress(len(prompts), "reward calibration", "answers") as bar:
         responses = parts.answers(
             roles,
@@ -286,12 +285,11 @@ def calibrate(
             prompts,
             sampling,
             seed=(config.seed, "calibration"),
-            budget=budgets.responses,
             on_batch=bar.advance,
         )
     sequences = [(*prompt, *response.ids) for prompt, response in zip(prompts, responses, strict=True)]
     raw_B = require_finite(
-        budgets.fit_sequences(
+        parts.budgets.fit_sequences(
             [len(ids) for ids in sequences], lambda most: score_rewards(roles, sequences, max_tokens=most)
         ),
         "score of the calibration",

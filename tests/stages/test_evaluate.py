@@ -290,26 +290,52 @@ def test_a_score_that_is_not_finite_stops_the_evaluation(finished, monkeypatch, 
         evaluate.run(loaded, run)
 
 
-def test_where_memory_runs_out_the_evaluation_takes_less_at_once_and_finds_the_same(tmp_path, monkeypatch, capsys):
-    settings = ("evaluate.batch_size=8", "ppo.microbatch_tokens=512")
-    _, wanted = evaluated(config(tmp_path / "undisturbed", *settings), scale=0.1)
+@contextmanager
+def little_memory(responses: int, tokens: int) -> Iterator[None]:
+    """A device that takes no more than this at once."""
     own_generate, own_states = GenerationMixin.generate, Roles.hidden_states
 
     def generate(model, **named):
-        if len(named["input_ids"]) > 3:
+        if len(named["input_ids"]) > responses:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return own_generate(model, **named)
 
     def hidden_states(roles, ids_BL, mask_BL):
-        if ids_BL.numel() > 60:
+        if ids_BL.numel() > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return own_states(roles, ids_BL, mask_BL)
 
-    monkeypatch.setattr(GenerationMixin, "generate", generate)
-    monkeypatch.setattr(Roles, "hidden_states", hidden_states)
-    _, found = evaluated(config(tmp_path / "short", *settings), scale=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GenerationMixin, "generate", generate)
+        patch.setattr(Roles, "hidden_states", hidden_states)
+        yield
+
+
+def test_where_memory_runs_out_the_evaluation_takes_less_at_once_and_finds_the_same(tmp_path, capsys):
+    settings = ("evaluate.batch_size=8", "ppo.microbatch_tokens=512")
+    _, wanted = evaluated(config(tmp_path / "undisturbed", *settings), scale=0.1)
+    with little_memory(responses=3, tokens=60):
+        _, found = evaluated(config(tmp_path / "short", *settings), scale=0.1)
     said = capsys.readouterr().out
     assert "Out of memory with evaluate.batch_size=8; going on with 4." in said
     assert "Out of memory with ppo.microbatch_tokens=512; going on with" in said
     assert found["win_rate"] == wanted["win_rate"] and found["response"] == wanted["response"]
     assert found["kl"]["value"] == pytest.approx(wanted["kl"]["value"], rel=1e-3, abs=1e-5)
+
+
+def test_what_an_evaluation_learned_of_memory_it_knows_after_an_interruption(finished, monkeypatch, capsys):
+    """Killed after its first part, it does not try again with what did not fit."""
+    loaded, run = finished
+    write = parts.write_json
+
+    def die_after_the_first(path: Path, content: dict) -> None:
+        write(path, content)
+        raise KeyboardInterrupt
+
+    with little_memory(responses=1, tokens=10_000):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(parts, "write_json", die_after_the_first)
+            evaluate.run(loaded, run)
+        assert "Out of memory with evaluate.batch_size=3; going on with 1." in capsys.readouterr().out
+        evaluate.run(loaded, run)
+    assert "Out of memory" not in capsys.readouterr().out
