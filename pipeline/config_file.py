@@ -78,7 +78,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     try:
         config = PipelineConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error)), where=str(path)) from None
+        faults = _explain(error)
+        raise ConfigError(_numbered([*faults, *_other_contradictions(tree, error)]), where=str(path)) from None
     faults = list(config.contradictions())
     if faults:
         raise ConfigError(_numbered(faults), where=str(path))
@@ -259,19 +260,67 @@ def _explain(error: ValidationError) -> list[str]:
             str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tuple[", "literal["))
         )
         if detail["type"] == "extra_forbidden":
-            *parents, name = detail["loc"]
-            section = _section_at(parents)
-            known = sorted(section.model_fields) if section else []
-            nearest = difflib.get_close_matches(str(name), known, n=1)
-            advice = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(known)}"
-            faults.append(f"unknown key '{place}'; {advice}")
+            faults.append(f"unknown key '{place}'; {_advice(place, *detail['loc'])}")
         elif detail["type"] == "missing":
             faults.append(f"the key '{place}' is missing; it has no default")
         else:
             got = "" if isinstance(detail["input"], (dict, list)) else f" (got {detail['input']!r})"
             wanted = _PLAIN_WORDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
             faults.append(f"{place}: {wanted[0].lower()}{wanted[1:]}{got}")
-    return [_numbered(faults)]
+    return faults
+
+
+def _advice(place: str, *location: str | int) -> str:
+    """Which key was meant by an unknown one: of its own section, or of the whole config."""
+    *parents, name = location
+    section = _section_at(parents)
+    known = sorted(section.model_fields) if section else []
+    everywhere = dict(_keys(PipelineConfig))
+
+    def near(cutoff: float) -> list[str]:
+        return difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
+
+    meant = (
+        near(0.8)
+        or [key for key, last in everywhere.items() if last == name]
+        or difflib.get_close_matches(place, everywhere, n=1, cutoff=0.9)
+        or near(0.6)
+    )
+    if meant:
+        return f"did you mean {' or '.join(repr(key) for key in meant)}?"
+    return f"known keys: {', '.join(known)}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every dotted key that a config can set outside of lists, with its last part."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}", name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _other_contradictions(tree: Any, error: ValidationError) -> Iterator[str]:
+    """What contradicts itself among the settings that are well formed. `tree` loses those that are not."""
+    malformed = [_take_out(tree, detail["loc"]) for detail in error.errors()]
+    try:
+        config = PipelineConfig.model_validate(tree)
+    except ValidationError:  # a key is missing, too
+        return
+    # One that names a malformed setting would be about its default.
+    yield from (fault for fault in config.contradictions() if not any(name in fault for name in malformed))
+
+
+def _take_out(tree: Any, location: Sequence[str | int]) -> str:
+    """Remove the innermost setting at a place that pydantic names, and give its name."""
+    holder: dict[Any, Any] = {}
+    name, inside = "", tree
+    for part in location:
+        if isinstance(inside, dict) and part in inside:
+            holder, name, inside = inside, str(part), inside[part]
+        elif isinstance(inside, list) and isinstance(part, int) and part < len(inside):
+            inside = inside[part]
+    holder.pop(name, None)
+    return name
 
 
 def _numbered(faults: list[str]) -> str:

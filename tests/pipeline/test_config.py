@@ -56,6 +56,9 @@ def test_there_are_configs_to_load() -> None:
         ("launch.zzz=1", "unknown key 'launch.zzz'; known keys: accelerate_config, card, cpu_offload, device,"),
         ("data.prompts.sources=[{path: a.jsonl, wieght: 2}]", "did you mean 'weight'?"),
         ("ppo.rewards=[{functoin: 'a.py:f'}]", "did you mean 'function'?"),
+        ("ppo.klcoefficient=1", "unknown key 'ppo.klcoefficient'; did you mean 'ppo.kl.coefficient'?"),
+        ("microbatch_tokens=9", "unknown key 'microbatch_tokens'; did you mean 'ppo.microbatch_tokens'?"),
+        ("packing=true", "unknown key 'packing'; did you mean 'sft.packing'?"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, override: str, expected: str) -> None:
@@ -95,6 +98,17 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
 def test_every_contradiction_comes_at_once(tmp_path: Path) -> None:
     message = fault(tmp_path, "sft.batch_size=5", "ppo.top_k=3", "ppo.rewards=[]")
     assert "3 faults:" in message
+
+
+def test_contradictions_come_beside_malformed_values(tmp_path: Path) -> None:
+    message = fault(tmp_path, "lora.rank=0", "sft.batch_size=5", "ppo.nonsense=1")
+    assert "3 faults:" in message
+    assert "lora.rank" in message and "sft.batch_size" in message and "ppo.nonsense" in message
+
+
+def test_a_malformed_value_is_not_taken_for_its_default(tmp_path: Path) -> None:
+    message = fault(tmp_path, "ppo.iterations=many", "ppo.critic_warmup_iterations=150")
+    assert "critic_warmup" not in message and "ppo.iterations" in message
 
 
 # ---- contradictions, each with the key to change
