@@ -42,7 +42,7 @@ from pipeline.scoring import (
     score_rewards,
     score_values,
 )
-from stages.experience import Budgets, Experience, collect, reward_model_scores, sampling_settings
+from stages.experience import Budgets, Experience, collect, reward_model_scores, sample, sampling_settings
 from stages.launch import child_environment
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.round_metrics import round_metrics
@@ -102,17 +102,16 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     reset_peak()
     for iteration in range(iterations + 1):
         set_learning_rates(optimizer, ppo, iteration)
-        experience = collect(
+        sampled = sample(
             roles,
-            rewards,
             prompts,
-            ppo,
-            kl_coefficient=0.05,
             seed=(0, iteration),
             world=world,
             budgets=budgets,
             sampling=sampling,
+            with_values=ppo.rollout.reuse_logprobs and ppo.critic == "head",
         )
+        experience = collect(roles, rewards, prompts, sampled, ppo, kl_coefficient=0.05, world=world, budgets=budgets)
         statistics = updater.update(experience, iteration, critic_only=False)
         rounds.append(round_metrics(experience, statistics, kl_coefficient=0.05, world=world))
     measured = rounds[1:]

@@ -10,7 +10,7 @@ whichever adapter is active by then.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -63,6 +63,8 @@ class Roles:
         self._trainable: set[Role] = set()
         self._world = share_out_to
         self.shards: Shards | None = None
+        self.between_passes: Callable[[], None] = _go_on
+        """Called before each forward pass that scores sequences; may raise to stop the work."""
 
     # -- what there is
 
@@ -429,3 +431,7 @@ def reward_model_for_training(base: Base, lora: LoraSettings, start_from: Path |
         assert not result.unexpected_keys, result.unexpected_keys
     compute_in_the_bases_arithmetic(model, "default")
     return model, reward_model
+
+
+def _go_on() -> None:
+    """Nobody asks the scoring to stop."""

@@ -143,6 +143,7 @@ def score_rewards(roles: Roles, sequences: Sequence[Sequence[int]], *, max_token
     roles.inference_mode()
     with torch.no_grad(), roles.active("reward"):
         for group in roles.microbatches([len(sequence) for sequence in sequences], max_tokens):
+            roles.between_passes()
             ids_BL, mask_BL = pad([sequences[index] for index in group], roles.device)
             hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
             scores_B[group] = roles.head_values("reward", last_token(hidden_BLD, mask_BL)).cpu()
@@ -180,6 +181,7 @@ def _for_episodes(
     roles.inference_mode()
     with torch.no_grad(), roles.active(role):
         for group in roles.microbatches([len(episode.ids) for episode in episodes], max_tokens):
+            roles.between_passes()
             batch = batch_episodes([episodes[index] for index in group], roles.device)
             hidden_BLD = roles.hidden_states(batch.ids_BL, batch.mask_BL)
             results.update(zip(group, compute(hidden_BLD, batch), strict=True))

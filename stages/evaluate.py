@@ -41,7 +41,7 @@ from stages.command import stage_main
 from stages.experience import Budgets
 from stages.gates import require_fitting_parents
 from stages.inputs import stage_inputs
-from stages.interruption import deferred
+from stages.interruption import deferred, stop_alone
 from stages.parts import Parts, batches_of
 from stages.result import StageClock, finish
 
@@ -108,6 +108,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         length_setting="evaluate.max_new_tokens",
     )
     parts = Parts(run.working("evaluate") / "parts", inputs_digest=digest(inputs), world=world, budgets=budgets)
+    roles.between_passes = partial(stop_alone, world)
     answers = {}
     with deferred(), progress(2 * len(prompts), "evaluate", "answers") as bar:
         for name, role in CONTESTANTS:

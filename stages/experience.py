@@ -20,7 +20,7 @@ from pipeline.batching import pad_rows
 from pipeline.config import PPOSettings
 from pipeline.distributed import World
 from pipeline.errors import DivergenceError
-from pipeline.generation import SamplingSettings, generate
+from pipeline.generation import Response, SamplingSettings, generate
 from pipeline.kl import kl_k1, kl_k3
 from pipeline.masking import length_mask, whiten
 from pipeline.memory import give_back_freed_memory
@@ -175,36 +175,30 @@ def reward_model_scores(
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Sampled and scored responses. `scores_B` are in reward units after clipping and penalty.
+class Sampled:
+    """Responses before anyone has judged them, and how long they took."""
 
-    `sampler_values` are those of a head on the policy's trunk; empty rows for another critic.
-    """
-
-    completions: Sequence[str]
     episodes: Sequence[Episode]
-    sampler_logprobs: Sequence[Sequence[float]]
-    sampler_values: Sequence[Sequence[float]]
-    finished_B: Tensor
-    raw_scores_B: Tensor
-    scores_B: Tensor
-    terms: Mapping[str, Tensor]
-    rollout_seconds: float
+    responses: Sequence[Response]
+    seconds: float
+
+    @property
+    def logprobs(self) -> Sequence[Sequence[float]]:
+        """What the sampler said of each token, a row a response."""
+        return [response.logprobs for response in self.responses]
 
 
-def answer(
+def sample(
     roles: Roles,
-    rewards: RewardSum,
     prompts: Sequence[Prompt],
-    ppo: PPOSettings,
     *,
     seed: tuple[int | str, ...],
     world: World,
     budgets: Budgets,
     sampling: SamplingSettings,
     with_values: bool = False,
-) -> Answers:
-    """Let the policy answer this process's prompts, and score the answers.
+) -> Sampled:
+    """Let the policy answer this process's prompts.
 
     Args:
         prompts: one entry a response (a prompt that is answered twice stands twice); as many in every process.
@@ -213,12 +207,11 @@ def answer(
         with_values: let the value head read the policy's states as it samples.
 
     Raises:
-        RewardFunctionError: a reward function failed.
         OutOfMemoryError: a single response does not fit.
+        Interrupted: the stage was asked to stop.
     """
-    chat = roles.base.chat
     started = time.monotonic()
-    prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
+    prompt_ids = [tuple(roles.base.chat.prompt_ids(prompt.prompt)) for prompt in prompts]
     responses = budgets.fit_responses(
         sampling,
         len(prompts),
@@ -235,49 +228,60 @@ def answer(
     )
     episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
     give_back_freed_memory()
-    sampled = time.monotonic()
-    completions = [chat.decode(response.ids) for response in responses]
-    raw_scores_B, terms = rewards(prompts, completions, [episode.ids for episode in episodes])
+    return Sampled(episodes, responses, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the rewards say of responses. `scores_B` are in reward units after clipping and penalty."""
+
+    completions: Sequence[str]
+    finished_B: Tensor
+    raw_scores_B: Tensor
+    scores_B: Tensor
+    terms: Mapping[str, Tensor]
+
+
+def judge(
+    roles: Roles, rewards: RewardSum, prompts: Sequence[Prompt], sampled: Sampled, ppo: PPOSettings, world: World
+) -> Judged:
+    """Score responses to these prompts.
+
+    Raises:
+        DivergenceError: a score is not finite.
+        RewardFunctionError: a reward function failed.
+        Interrupted: the stage was asked to stop.
+    """
+    completions = [roles.base.chat.decode(episode.response) for episode in sampled.episodes]
+    raw_scores_B, terms = rewards(prompts, completions, [episode.ids for episode in sampled.episodes])
     # Before the clipping, which would make a number of what is infinite.
     rewards_of_terms = {f"rewards of {name}": term_B for name, term_B in terms.items()}
     _require_finite(world, **rewards_of_terms, rewards_before_clipping=raw_scores_B)
-    finished_B = torch.tensor([response.finished for response in responses])
+    finished_B = torch.tensor([response.finished for response in sampled.responses])
     clipped_B = raw_scores_B if ppo.score_clip is None else raw_scores_B.clamp(-ppo.score_clip, ppo.score_clip)
     # The penalty comes after the clipping, so that it always bites.
     scores_B = clipped_B - ppo.missing_eos_penalty * (~finished_B).float()
-    return Answers(
-        completions,
-        episodes,
-        [response.logprobs for response in responses],
-        [response.values for response in responses],
-        finished_B,
-        raw_scores_B,
-        scores_B,
-        terms,
-        sampled - started,
-    )
+    return Judged(completions, finished_B, raw_scores_B, scores_B, terms)
 
 
 def collect(
     roles: Roles,
     rewards: RewardSum,
     prompts: Sequence[Prompt],
+    sampled: Sampled,
     ppo: PPOSettings,
     *,
     kl_coefficient: float,
-    seed: tuple[int | str, ...],
     world: World,
     budgets: Budgets,
-    sampling: SamplingSettings | None = None,
 ) -> Experience:
-    """Answer this process's prompts and judge the answers.
+    """Judge this process's responses, and find the advantages of their tokens.
 
     Args:
         prompts: one entry a response (a prompt that is answered twice stands twice).
+        sampled: `sample`'s responses to them.
         kl_coefficient: beta, reward units a nat.
-        seed: parts that the draws follow from.
         budgets: how much to do at once.
-        sampling: how to draw; None is as `ppo` says.
 
     Raises:
         DivergenceError: a log-probability, value or score is not finite.
@@ -287,20 +291,10 @@ def collect(
     """
     device = roles.device
     started = time.monotonic()
+    episodes = sampled.episodes
 
-    # 1. and 2. Sample and score.
-    found = answer(
-        roles,
-        rewards,
-        prompts,
-        ppo,
-        seed=seed,
-        world=world,
-        budgets=budgets,
-        sampling=sampling or sampling_settings(ppo),
-        with_values=ppo.rollout.reuse_logprobs and ppo.critic == "head",
-    )
-    episodes = found.episodes
+    # 2. Score.
+    judged = judge(roles, rewards, prompts, sampled, ppo, world)
 
     # 3. Log-probabilities under the policy and the reference, values under the critic.
     def as_rows(rows: Sequence[Tensor]) -> Tensor:
@@ -312,7 +306,7 @@ def collect(
     lengths = [len(episode.ids) for episode in episodes]
 
     stop_alone(world)
-    logprobs, values, checked_B = _policy_opinions(roles, found, ppo, world, budgets)
+    logprobs, values, checked_B = _policy_opinions(roles, sampled, ppo, world, budgets)
     reference = budgets.fit_sequences(
         lengths, lambda most: score_logprobs(roles, "reference", episodes, temperature=ppo.temperature, max_tokens=most)
     )
@@ -321,12 +315,12 @@ def collect(
         values = budgets.fit_sequences(lengths, lambda most: score_values(roles, episodes, max_tokens=most))
     logprobs_BT, reference_BT, values_BT = as_rows(logprobs), as_rows(reference), as_rows(values)
     _require_finite(
-        world, policy_logprobs=logprobs_BT, reference_logprobs=reference_BT, values=values_BT, scores=found.scores_B
+        world, policy_logprobs=logprobs_BT, reference_logprobs=reference_BT, values=values_BT, scores=judged.scores_B
     )
 
     # 4. Rewards and advantages.
     kl_BT = kl_k1(logprobs_BT, reference_BT)
-    rewards_BT = token_rewards(found.scores_B.to(device), kl_BT, lengths_B, kl_coefficient=kl_coefficient)
+    rewards_BT = token_rewards(judged.scores_B.to(device), kl_BT, lengths_B, kl_coefficient=kl_coefficient)
     if ppo.whiten_rewards:
         rewards_BT = whiten(rewards_BT, mask_BT, shift_mean=False, all_reduce=world.sum)
     advantages_BT, returns_BT = generalized_advantages(
@@ -337,33 +331,30 @@ def collect(
 
     return Experience(
         prompts=prompts,
-        completions=found.completions,
+        completions=judged.completions,
         episodes=episodes,
-        finished_B=found.finished_B,
+        finished_B=judged.finished_B,
         lengths_B=lengths_B,
         mask_BT=mask_BT,
         logprobs_BT=logprobs_BT,
-        sampler_logprobs_BT=as_rows([torch.tensor(row, device=device) for row in found.sampler_logprobs]),
+        sampler_logprobs_BT=as_rows([torch.tensor(row, device=device) for row in sampled.logprobs]),
         checked_B=checked_B,
         reference_logprobs_BT=reference_BT,
         values_BT=values_BT,
-        raw_scores_B=found.raw_scores_B,
-        scores_B=found.scores_B,
-        terms=found.terms,
+        raw_scores_B=judged.raw_scores_B,
+        scores_B=judged.scores_B,
+        terms=judged.terms,
         kl_BT=kl_BT,
         kl_k3_BT=kl_k3(logprobs_BT, reference_BT),
         rewards_BT=rewards_BT,
         advantages_BT=advantages_BT,
         returns_BT=returns_BT,
-        seconds={
-            "rollout": found.rollout_seconds,
-            "score": time.monotonic() - started - found.rollout_seconds,
-        },
+        seconds={"rollout": sampled.seconds, "score": time.monotonic() - started},
     )
 
 
 def _policy_opinions(
-    roles: Roles, found: Answers, ppo: PPOSettings, world: World, budgets: Budgets
+    roles: Roles, sampled: Sampled, ppo: PPOSettings, world: World, budgets: Budgets
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The policy's log-probabilities, a row a response; with `critic: head` the values of its head too.
 
@@ -372,14 +363,14 @@ def _policy_opinions(
     Returns:
         log-probabilities, values (empty rows for a critic of its own), and whose the trainer computed: [B].
     """
-    device, count = roles.device, len(found.episodes)
-    logprobs = [torch.tensor(row, device=device) for row in found.sampler_logprobs]
-    values = [torch.tensor(row, device=device) for row in found.sampler_values]
+    device, count = roles.device, len(sampled.episodes)
+    logprobs = [torch.tensor(row, device=device) for row in sampled.logprobs]
+    values = [torch.tensor(row, device=device) for row in (response.values for response in sampled.responses)]
     checked_B = torch.zeros(count, dtype=torch.bool)
 
     def compute(numbers: Sequence[int]) -> float:
         """Let the trainer compute some of the rows; returns how far off they were, in nats."""
-        chosen = [found.episodes[number] for number in numbers]
+        chosen = [sampled.episodes[number] for number in numbers]
         score = score_logprobs_and_values if ppo.critic == "head" else _score_logprobs_alone
         pairs = budgets.fit_sequences(
             [len(episode.ids) for episode in chosen],

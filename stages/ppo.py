@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,14 +53,15 @@ from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.sharding import asked_to_share_out
 from stages.command import stage_main
-from stages.experience import Budgets, collect, reward_model_scores
+from stages.experience import Budgets, collect, reward_model_scores, sample, sampling_settings
 from stages.gates import check_reward_round_trip, check_startup, require_fitting_parents
 from stages.inputs import stage_inputs
-from stages.interruption import Interrupted, deferred
+from stages.interruption import Interrupted, deferred, stop_alone
 from stages.result import StageClock, finish
 from stages.round_metrics import drop_samples_after, round_metrics, sample_lines
+from stages.rounds import Rounds
 from stages.selection import is_better, measure_held_out, violations
-from stages.training_state import Checkpoints, Position, Rounds, TrainingState
+from stages.training_state import Checkpoints, Position, TrainingState
 from stages.update import Updater, UpdateStatistics
 
 
@@ -111,6 +113,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     roles.disable_dropout()
     budgets = Budgets.of(ppo, say, alone=roles.shards is None)
     rewards = RewardSum(ppo.rewards, reward_model_scores(roles, calibration, budgets))
+    roles.between_passes = partial(stop_alone, world)
 
     # What changes from step to step, and its checkpoints.
     optimizer = make_optimizer(roles, ppo)
@@ -145,15 +148,20 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             try:
                 experience = rounds.load(iteration, sampled_by, asked, roles, budgets)
                 if experience is None:
-                    experience = collect(
+                    draw = partial(
+                        sample,
                         roles,
-                        rewards,
                         asked,
-                        ppo,
-                        kl_coefficient=state.kl.coefficient,
                         seed=(config.seed, "rollout", iteration),
                         world=world,
                         budgets=budgets,
+                        sampling=sampling_settings(ppo),
+                        with_values=ppo.rollout.reuse_logprobs and ppo.critic == "head",
+                    )
+                    sampled = rounds.sampled(iteration, sampled_by, asked, roles, budgets, draw)
+                    beta = state.kl.coefficient
+                    experience = collect(
+                        roles, rewards, asked, sampled, ppo, kl_coefficient=beta, world=world, budgets=budgets
                     )
                     rounds.save(iteration, sampled_by, experience, budgets)
                 critic_only = iteration < ppo.critic_warmup_iterations

@@ -13,7 +13,7 @@ from pipeline.records import Prompt
 from pipeline.rewards import RewardSum
 from pipeline.roles import Role, Roles
 from pipeline.scoring import require_finite, score_logprobs
-from stages.experience import Budgets, answer, sampling_settings
+from stages.experience import Budgets, judge, sample, sampling_settings
 
 
 def measure_held_out(
@@ -43,16 +43,8 @@ def measure_held_out(
     """
     few = prompts[-ppo.held_out.prompts :]
     mine = world.share(few[: len(few) - len(few) % world.size])
-    found = answer(
-        roles,
-        rewards,
-        mine,
-        ppo,
-        seed=(seed, "held out"),
-        world=world,
-        budgets=budgets,
-        sampling=sampling_settings(ppo),
-    )
+    found = sample(roles, mine, seed=(seed, "held out"), world=world, budgets=budgets, sampling=sampling_settings(ppo))
+    judged = judge(roles, rewards, mine, found, ppo, world)
 
     def logprobs(role: Role) -> list[torch.Tensor]:
         return budgets.fit_sequences(
@@ -63,7 +55,7 @@ def measure_held_out(
     pairs = zip(logprobs("policy"), logprobs("reference"), strict=True)
     kl = [float(kl_k1(ours, theirs).sum()) for ours, theirs in pairs]
     lengths = [len(episode.response) for episode in found.episodes]
-    rows = [found.scores_B.tolist(), kl, lengths]
+    rows = [judged.scores_B.tolist(), kl, lengths]
     sums = world.sum(torch.tensor([sum(row) for row in rows] + [len(mine)], dtype=torch.float64))
     require_finite(sums, "score or KL of the answers to held-out prompts", where="ppo")
     score, divergence, length, count = sums.tolist()

@@ -10,25 +10,23 @@ RUN/working/ppo/
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.checkpoint import Checkpoint, CheckpointFolder, load_optimizer, save_optimizer
 from pipeline.config import PipelineConfig
 from pipeline.distributed import World
 from pipeline.errors import ArtifactError
 from pipeline.kl import KLController
-from pipeline.records import Prompt
 from pipeline.roles import Roles
-from pipeline.scoring import Episode
 from pipeline.tensor_tree import save_tensors
-from stages.experience import Budgets, Experience
+from stages.experience import Budgets
 from stages.update import UpdateStatistics
 
 Say = Callable[[str], None]
@@ -218,79 +216,3 @@ class Checkpoints:
             state.restore(whole)
             self._saved = (whole.step, whole.state["budgets"])
         return Position(reached)
-
-
-class Rounds:
-    """This process's responses and scores of the iterations since the last checkpoint.
-
-    Args:
-        folder: the stage's working folder.
-        config: the run's; as many rounds are kept as lie between two checkpoints.
-        inputs_digest: identity of what the run is made from.
-        world: all processes; their number is part of a round's identity.
-        warn: told of what cannot be read.
-    """
-
-    def __init__(self, folder: Path, config: PipelineConfig, inputs_digest: str, world: World, warn: Say) -> None:
-        self._world, self._warn = world, warn
-        self._folder = CheckpointFolder(
-            folder / "rounds" / str(world.rank), inputs_digest=inputs_digest, keep_last=config.ppo.checkpoint_every
-        )
-
-    def save(self, iteration: int, sampled_by: str, experience: Experience, budgets: Budgets) -> None:
-        """Keep a round (0-based) that a policy of this digest has sampled, and what it has learned of memory."""
-        tensors = {f"terms/{name}": term_B for name, term_B in experience.terms.items()}
-        for entry in fields(Experience):
-            value = getattr(experience, entry.name)
-            if isinstance(value, Tensor):
-                tensors[entry.name] = value
-        tensors["responses"] = torch.tensor([token for row in experience.episodes for token in row.response])
-        state = {
-            "sampled_by": sampled_by,
-            "processes": self._world.size,
-            "seconds": dict(experience.seconds),
-            "budgets": budgets.sizes,
-            "terms": list(experience.terms),
-        }
-        self._folder.save(iteration, state, lambda folder: save_tensors(tensors, folder / "round.safetensors"))
-
-    def exists(self, iteration: int, sampled_by: str) -> bool:
-        """Whether all processes have kept that round."""
-        return not self._world.maximum(float(self._find(iteration, sampled_by) is None))
-
-    def load(
-        self, iteration: int, sampled_by: str, prompts: Sequence[Prompt], roles: Roles, budgets: Budgets
-    ) -> Experience | None:
-        """The kept round of these prompts; None unless all processes have theirs. Lowers `budgets` as it did then."""
-        found = self._find(iteration, sampled_by)
-        if self._world.maximum(float(found is None)):
-            return None
-        assert found is not None
-        sizes = [found.state["budgets"]]
-        budgets.lower(*(sizes if roles.shards is None else self._world.gather(sizes)))
-        tensors = load_file(found.folder / "round.safetensors")
-        terms = {name: tensors.pop(f"terms/{name}") for name in found.state["terms"]}
-        responses = torch.split(tensors.pop("responses"), tensors["lengths_B"].tolist())
-        chat = roles.base.chat
-        episodes = [
-            Episode(tuple(chat.prompt_ids(prompt.prompt)), tuple(ids.tolist()))
-            for prompt, ids in zip(prompts, responses, strict=True)
-        ]
-        return Experience(
-            prompts=prompts,
-            completions=[chat.decode(episode.response) for episode in episodes],
-            episodes=episodes,
-            terms=terms,
-            seconds=found.state["seconds"],
-            **{name: tensor if name in _ON_CPU else tensor.to(roles.device) for name, tensor in tensors.items()},
-        )
-
-    def _find(self, iteration: int, sampled_by: str) -> Checkpoint | None:
-        found = self._folder.at(iteration, self._warn)
-        if found is None or found.state["sampled_by"] != sampled_by or found.state["processes"] != self._world.size:
-            return None
-        return found
-
-
-_ON_CPU = {"checked_B", "finished_B", "raw_scores_B", "scores_B"}
-"""Where `collect` leaves them."""

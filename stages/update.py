@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from pipeline.config import PPOSettings
 from pipeline.distributed import World
-from pipeline.errors import DivergenceError, StartupGateError
+from pipeline.errors import DivergenceError, OutOfMemoryError, StartupGateError
 from pipeline.generation import derive_seed
 from pipeline.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from pipeline.memory import give_back_freed_memory
+from pipeline.memory import give_back_freed_memory, is_out_of_memory, megabytes
 from pipeline.roles import Role, Roles
 from pipeline.scoring import batch_episodes, head_values, policy_logprobs
 from stages.experience import Budgets, Experience, ratio_tolerance
@@ -195,9 +195,28 @@ class Updater:
             if norm != norm or norm == float("inf"):
                 raise _diverged(f"the gradient of the {role} is not finite (norm {norm})", where)
             step.gradient_norms[role] = [norm]
-        self._optimizer.step()
+        self._move()
         step.steps, step.seconds = 1, time.monotonic() - started
         return step
+
+    def _move(self) -> None:
+        """The optimizer's step. The first one allocates its state; nothing has been changed where that fails.
+
+        Raises:
+            OutOfMemoryError: there is no room for it.
+        """
+        try:
+            self._optimizer.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            count = sum(parameter.numel() for group in self._optimizer.param_groups for parameter in group["params"])
+            raise OutOfMemoryError(
+                f"memory runs out for the optimizer's state: two float32 numbers for each of {count:,} that learn,"
+                f" {megabytes(8 * count)}",
+                where="ppo",
+                remedy="Halve lora.rank, which halves that; or set ppo.critic=head, base.quantization=nf4.",
+            ) from None
 
     def _backward(
         self,

@@ -1106,7 +1106,7 @@ TABLE = (
     ),
     Mutation(
         "resume: responses of another policy are taken for this one's",
-        "stages/training_state.py",
+        "stages/rounds.py",
         'found.state["sampled_by"] != sampled_by or ',
         "",
         ("tests/stages/test_training_state.py",),

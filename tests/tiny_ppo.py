@@ -22,7 +22,7 @@ from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
-from stages.experience import Budgets, Experience, collect, reward_model_scores
+from stages.experience import Budgets, Experience, collect, reward_model_scores, sample, sampling_settings
 from stages.inputs import stage_inputs
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.result import StageClock, finish
@@ -131,16 +131,17 @@ class Round:
         **changes: Any,
     ) -> Experience:
         """Sample and score a round: this process's prompts, all eight of them by default."""
-        return collect(
+        asked, ppo = prompts(8) if asked is None else asked, self.ppo.model_copy(update=changes)
+        shared: dict[str, Any] = {"world": self.world, "budgets": self.budgets}
+        sampled = sample(
             self.roles,
-            self.rewards,
-            prompts(8) if asked is None else asked,
-            self.ppo.model_copy(update=changes),
-            kl_coefficient=kl_coefficient,
+            asked,
             seed=(0, "rollout", iteration, 0),
-            world=self.world,
-            budgets=self.budgets,
+            sampling=sampling_settings(ppo),
+            with_values=ppo.rollout.reuse_logprobs and ppo.critic == "head",
+            **shared,
         )
+        return collect(self.roles, self.rewards, asked, sampled, ppo, kl_coefficient=kl_coefficient, **shared)
 
     def parameters(self, role: Role) -> dict[str, Tensor]:
         """A copy of a role's parameters."""

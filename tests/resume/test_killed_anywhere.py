@@ -22,6 +22,8 @@ PPO = [
     Stop("pipeline.generation:_Sampler.__call__", 9),
     Stop("stages.experience:score_logprobs", 3),
     Stop("stages.experience:score_logprobs", 3, "after"),
+    Stop("stages.ppo:Rounds.sampled", 2, "after"),
+    Stop("pipeline.roles:Roles.hidden_states", 7),
     Stop("stages.ppo:Rounds.save", 2),
     Stop("stages.ppo:Rounds.save", 2, "after"),
     Stop("stages.ppo:Rounds.save", 3, "after"),

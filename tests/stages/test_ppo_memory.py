@@ -119,6 +119,21 @@ def test_one_sequence_that_does_not_fit_says_what_to_lower_and_by_how_much(tmp_p
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_no_room_for_the_optimizers_state_says_how_much_it_takes(tmp_path, monkeypatch):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    experience, before = found.collect(), found.parameters("policy")
+    learning = sum(tensor.numel() for role in ("policy", "value") for tensor in found.parameters(role).values())
+
+    def failing(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", failing)
+    with pytest.raises(OutOfMemoryError, match=f"for each of {learning:,} that learn") as caught:
+        found.updater.update(experience, 0, critic_only=False)
+    assert "lora.rank" in str(caught.value)
+    assert all(torch.equal(found.parameters("policy")[name], tensor) for name, tensor in before.items())
+
+
 def test_a_lowered_budget_is_part_of_the_checkpoint(tmp_path):
     config = tiny_config(tmp_path / "config", "ppo.rollout.batch_size=16").config
 

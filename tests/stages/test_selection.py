@@ -19,7 +19,7 @@ from pipeline.metrics import read_metrics
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_logprobs
 from stages import ppo
-from stages.experience import answer, sampling_settings
+from stages.experience import judge, sample, sampling_settings
 from stages.selection import is_better, measure_held_out, violations
 
 FIGURES = {"kl/policy_reference_k1": 3.0, "policy/ratio_max": 1.5, "policy/entropy": 2.0}
@@ -61,20 +61,13 @@ def test_the_held_out_figures_are_means_over_the_answers(tmp_path) -> None:
             parameter += 0.02
     named = {"world": found.world, "budgets": found.budgets}
     measured = measure_held_out(found.roles, found.rewards, prompts(8), found.ppo, seed=3, **named)
-    answers = answer(
-        found.roles,
-        found.rewards,
-        prompts(8)[-5:],
-        found.ppo,
-        seed=(3, "held out"),
-        sampling=sampling_settings(found.ppo),
-        **named,
-    )
+    answers = sample(found.roles, prompts(8)[-5:], seed=(3, "held out"), sampling=sampling_settings(found.ppo), **named)
+    judged = judge(found.roles, found.rewards, prompts(8)[-5:], answers, found.ppo, found.world)
     ours, theirs = (
         torch.cat(score_logprobs(found.roles, role, answers.episodes, temperature=1.0, max_tokens=64))
         for role in ("policy", "reference")
     )
-    assert measured["held_out/score"] == pytest.approx(float(answers.scores_B.mean()), rel=1e-4)
+    assert measured["held_out/score"] == pytest.approx(float(judged.scores_B.mean()), rel=1e-4)
     assert measured["held_out/kl"] == pytest.approx(float((ours - theirs).sum()) / 5, rel=1e-3)
     assert measured["held_out/length"] == sum(len(row.response) for row in answers.episodes) / 5
     assert measured == measure_held_out(found.roles, found.rewards, prompts(8), found.ppo, seed=3, **named)

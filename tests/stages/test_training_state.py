@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import loaded_tiny_base, tiny_config
-from tiny_ppo import Round, publish_sft, tiny_round
+from tiny_ppo import Round, prompts, publish_reward, publish_sft, tiny_round
 
 from pipeline.kl import FixedKL
 from pipeline.metrics import read_metrics
+from pipeline.roles import Roles
 from stages import interruption, ppo
+from stages.experience import sample, sampling_settings
 from stages.interruption import Interrupted
-from stages.training_state import Checkpoints, Position, Rounds, TrainingState
+from stages.rounds import Rounds
+from stages.training_state import Checkpoints, Position, TrainingState
 from stages.update import Updater, UpdateStatistics
 
 
@@ -46,6 +50,61 @@ def test_a_kept_round_comes_back_as_it_was(tmp_path, config):
             assert list(value) == list(other) and all(torch.equal(value[key], other[key]) for key in value)
         else:
             assert list(value) == list(other), name
+
+
+@pytest.mark.parametrize("with_values", [False, True])
+def test_a_rollout_that_nobody_has_judged_comes_back_as_it_was(tmp_path, config, with_values):
+    found = tiny_round(loaded_tiny_base(tmp_path), critic="head" if with_values else "adapter")
+    kept, asked = rounds_in(tmp_path / "working", config, found), prompts(8)
+    draw = partial(
+        sample,
+        found.roles,
+        asked,
+        seed=(0,),
+        world=found.world,
+        budgets=found.budgets,
+        sampling=sampling_settings(found.ppo),
+        with_values=with_values,
+    )
+    first = kept.sampled(3, "policy", asked, found.roles, found.budgets, draw)
+    assert any(response.values for response in first.responses) == with_values
+    again = kept.sampled(3, "policy", asked, found.roles, found.budgets, lambda: pytest.fail("it is there"))
+    assert again == first
+    made = []
+    kept.sampled(3, "another", asked, found.roles, found.budgets, lambda: made.append("new") or draw())
+    kept.sampled(4, "another", asked, found.roles, found.budgets, lambda: made.append("next") or draw())
+    assert made == ["new", "next"]
+
+
+def test_a_stop_amid_the_scoring_comes_between_two_passes_and_loses_no_rollout(tmp_path, monkeypatch):
+    loaded = tiny_config(tmp_path, "base.quantization=none", "ppo.microbatch_tokens=32", "ppo.held_out.every=null")
+    run = publish_sft(loaded)
+    publish_reward(loaded, run)
+    ppo.run(loaded, run)
+    undisturbed = (run.stage("ppo") / "adapter_model.safetensors").read_bytes()
+    calls: list[str] = []
+    own_sample, own_states = ppo.sample, Roles.hidden_states
+
+    def counted_sample(*args: Any, **named: Any) -> Any:
+        calls.append("sample")
+        return own_sample(*args, **named)
+
+    def asking(*args: Any) -> Any:
+        if calls:  # the rollout is there
+            calls.append("pass")
+            if calls.count("pass") == 2:
+                interruption.request()
+        return own_states(*args)
+
+    monkeypatch.setattr(ppo, "sample", counted_sample)
+    monkeypatch.setattr(Roles, "hidden_states", asking)
+    with pytest.raises(Interrupted):
+        ppo.run(loaded, run)
+    interruption.withdraw()
+    assert calls == ["sample", "pass", "pass"]
+    ppo.run(loaded, run)
+    assert calls.count("sample") == loaded.config.ppo.iterations
+    assert (run.stage("ppo") / "adapter_model.safetensors").read_bytes() == undisturbed
 
 
 def test_a_round_of_another_policy_iteration_or_world_is_not_used(tmp_path, config, monkeypatch):
