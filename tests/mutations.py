@@ -1105,6 +1105,29 @@ TABLE = (
         ("tests/resume/test_killed_anywhere.py::test_ppo_asked_to_stop[SIGTERM-before-Updater._step-2]",),
     ),
     Mutation(
+        "resume: a rollout that nobody has judged is sampled again",
+        "stages/rounds.py",
+        "        if self._world.maximum(float(found is None)):\n            sampled = make()",
+        "        if True:\n            sampled = make()",
+        ("tests/stages/test_training_state.py",),
+    ),
+    Mutation(
+        "resume: a stop waits for the end of the scoring",
+        "pipeline/scoring.py",
+        "for episode in episodes], max_tokens):\n            roles.between_passes()\n",
+        "for episode in episodes], max_tokens):\n",
+        (
+            "tests/stages/test_training_state.py::test_a_stop_amid_the_scoring_comes_between_two_passes_and_loses_no_rollout",
+        ),
+    ),
+    Mutation(
+        "resume: the evaluation forgets what fitted",
+        "stages/parts.py",
+        '                self.budgets.lower(found["budgets"])\n',
+        "",
+        (f"{EVALUATE}::test_what_an_evaluation_learned_of_memory_it_knows_after_an_interruption",),
+    ),
+    Mutation(
         "resume: responses of another policy are taken for this one's",
         "stages/rounds.py",
         'found.state["sampled_by"] != sampled_by or ',
