@@ -68,8 +68,12 @@ class Runner:
         loaded: LoadedConfig,
         stop: Stop | None = None,
         after: tuple[float, int] | None = None,
+        most_tokens: int | None = None,
     ) -> int:
         """Run a stage to its end, to the stop, or until it gets a signal after some seconds.
+
+        Args:
+            most_tokens: above so many tokens in a forward pass of PPO, memory runs out.
 
         Returns:
             the exit code, or minus the signal that ended it.
@@ -82,6 +86,7 @@ class Runner:
             "log": str(log(loaded)),
             "stop": None if stop is None else asdict(stop),
             "after": after,
+            "most_tokens": most_tokens,
         }
         print(json.dumps(order), file=self._process.stdin, flush=True)
         return int(json.loads(self._process.stdout.readline())["status"])

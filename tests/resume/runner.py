@@ -2,11 +2,13 @@
 
 Reads orders from standard input, a JSON object a line, and answers each with a line:
 
-    {"stage": "ppo", "config": "PATH", "overrides": [], "log": "PATH", "stop": null, "after": null}  ->  {"status": 0}
+    {"stage": "ppo", "config": "PATH", "overrides": [], "log": "PATH", "stop": null, "after": null,
+     "most_tokens": null}  ->  {"status": 0}
 
 `stop` is {"at": "stages.update:Updater._step", "call": 3, "when": "before", "signal": 9, "about": ""}: the process
 gets the signal before (or after) the third call of that function whose arguments' text holds `about`. `after` is
-[seconds, signal]: it gets the signal after that time. A negative status is the signal that ended the process.
+[seconds, signal]: it gets the signal after that time. Above `most_tokens` in a forward pass of PPO, memory runs out. A
+negative status is the signal that ended the process.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from pipeline.roles import Roles
 from stages import evaluate, ppo, reward, sft
 from stages.command import stage_main
 
@@ -62,6 +65,8 @@ def run(order: dict[str, Any]) -> NoReturn:
     os.setsid()
     if order["stop"] is not None:
         stop_at(**order["stop"])
+    if order["most_tokens"] is not None:
+        limit_memory(order["most_tokens"])
     code = 1
     try:
         stage_main(order["stage"], STAGES[order["stage"]].run, [order["config"], *order["overrides"]])
@@ -95,6 +100,18 @@ def stop_at(at: str, call: int, when: str, signal: int, about: str) -> None:
         return own(*args, **named)
 
     setattr(owner, name, counting)
+
+
+def limit_memory(most_tokens: int) -> None:
+    """Have a forward pass of more tokens run out of memory."""
+    own = Roles.hidden_states
+
+    def limited(roles: Roles, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        if ids_BL.numel() > most_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return own(roles, ids_BL, mask_BL)
+
+    Roles.hidden_states = limited  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

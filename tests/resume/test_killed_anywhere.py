@@ -101,14 +101,19 @@ ASKED = [
 
 
 def ends_in_the_same_bytes(
-    runner: Runner, undisturbed: LoadedConfig, stage: StageName, folder: Path, *stops: Stop
+    runner: Runner,
+    undisturbed: LoadedConfig,
+    stage: StageName,
+    folder: Path,
+    *stops: Stop,
+    most_tokens: int | None = None,
 ) -> None:
     """End a stage at each of the stops, one start after the other, and let the last start through."""
     loaded = with_parents(stage, folder, undisturbed)
     for stop in stops:
         expected = -signal.SIGKILL if stop.signal == signal.SIGKILL else 75
-        assert runner.run(stage, loaded, stop) == expected, f"{stop}: {said(loaded)}"
-    assert runner.run(stage, loaded) == 0, said(loaded)
+        assert runner.run(stage, loaded, stop, most_tokens=most_tokens) == expected, f"{stop}: {said(loaded)}"
+    assert runner.run(stage, loaded, most_tokens=most_tokens) == 0, said(loaded)
     assert result_of(stage, loaded) == result_of(stage, undisturbed)
     assert leftovers(loaded) == []
 
@@ -206,3 +211,63 @@ def test_another_stage_ended(
     runner: Runner, undisturbed: LoadedConfig, tmp_path: Path, stage: StageName, stop: Stop
 ) -> None:
     ends_in_the_same_bytes(runner, undisturbed, stage, tmp_path / "run", stop)
+
+
+# ---- as a real run computes: a quantized base, 16 bits, and samples from a merged copy
+
+QUANTIZED: list[tuple[StageName, Stop]] = [
+    ("sft", Stop("stages.trl_trainer:StageTrainer.training_step", 7)),
+    ("reward", Stop("stages.trl_trainer:StageTrainer.training_step", 6, "after")),
+    ("reward", Stop("stages.reward:calibrate", 1, "after")),
+    ("ppo", Stop("pipeline.generation:_generate_batch", 2)),
+    ("ppo", Stop("stages.ppo:Rounds.sampled", 2, "after")),
+    ("ppo", Stop("stages.update:Updater._step", 6)),
+    ("ppo", Stop("stages.update:Updater._step", 6, signal=signal.SIGTERM)),
+    ("ppo", Stop("stages.ppo:Checkpoints.save", 1, "after")),
+    ("evaluate", Stop("pipeline.generation:_generate_batch", 2, "after")),
+]
+
+
+@pytest.fixture(scope="module")
+def quantized(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> LoadedConfig:
+    settings = ("base.quantization=nf4", "base.dtype=bfloat16", "ppo.rollout.weights=merged")
+    loaded = small_pipeline(tmp_path_factory.mktemp("quantized"), *settings)
+    for stage in STAGES:
+        assert runner.run(stage, loaded) == 0, said(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize(("stage", "stop"), [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in QUANTIZED])
+def test_a_quantized_run_ended(
+    runner: Runner, quantized: LoadedConfig, tmp_path: Path, stage: StageName, stop: Stop
+) -> None:
+    ends_in_the_same_bytes(runner, quantized, stage, tmp_path / "run", stop)
+
+
+# ---- a run that memory does not suffice for
+
+LITTLE_MEMORY = 48
+"""Tokens of a forward pass: four sequences of the tiny run have more."""
+
+
+@pytest.fixture(scope="module")
+def cramped(runner: Runner, undisturbed: LoadedConfig, tmp_path_factory: pytest.TempPathFactory) -> LoadedConfig:
+    loaded = with_parents("ppo", tmp_path_factory.mktemp("cramped"), undisturbed)
+    assert runner.run("ppo", loaded, most_tokens=LITTLE_MEMORY) == 0, said(loaded)
+    assert "Out of memory with ppo.microbatch_tokens" in said(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        Stop("stages.ppo:Rounds.sampled", 1, "after"),
+        Stop("stages.ppo:Rounds.save", 2, "after"),
+        Stop("stages.update:Updater._step", 6),
+        Stop("stages.update:Updater._step", 3, signal=signal.SIGTERM),
+        Stop("stages.ppo:Checkpoints.save", 1, "after"),
+    ],
+    ids=str,
+)
+def test_a_run_that_ran_out_of_memory_ended(runner: Runner, cramped: LoadedConfig, tmp_path: Path, stop: Stop) -> None:
+    ends_in_the_same_bytes(runner, cramped, "ppo", tmp_path / "run", stop, most_tokens=LITTLE_MEMORY)
