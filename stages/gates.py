@@ -17,10 +17,10 @@ from pipeline.config import PipelineConfig, PPOSettings
 from pipeline.errors import StartupGateError
 from pipeline.generation import generate
 from pipeline.records import Prompt
-from pipeline.roles import Roles
+from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory, StageName
 from pipeline.scoring import Episode, batch_episodes, score_logprobs, score_rewards
-from stages.experience import sampling_settings
+from stages.experience import Budgets, sampling_settings
 from stages.inputs import parents_of
 
 _PROMPTS = 4
@@ -30,33 +30,42 @@ _REWARD_TOLERANCE = 1e-3
 
 
 def check_startup(
-    roles: Roles, prompts: Sequence[Prompt], ppo: PPOSettings, *, seed: int, policy_is_reference: bool
+    roles: Roles,
+    prompts: Sequence[Prompt],
+    ppo: PPOSettings,
+    *,
+    seed: int,
+    policy_is_reference: bool,
+    budgets: Budgets,
 ) -> dict[str, float]:
     """Run the gates that need only the roles.
 
     Args:
         policy_is_reference: True before the first update: the policy is still a copy of the reference.
+        budgets: how much to do at once.
 
     Returns:
         what was measured: `kl` (nats, largest of any token), `logits_gap`, `sampler_gap` (mean, nats).
 
     Raises:
         StartupGateError: naming the gate, what it measured, and what that means.
+        OutOfMemoryError: a single sequence does not fit.
     """
     _check_trainable(roles)
     chat = roles.base.chat
     prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts[:_PROMPTS]]
     sampling = replace(sampling_settings(ppo), max_new_tokens=min(_NEW_TOKENS, ppo.max_new_tokens))
-    responses = generate(roles, "policy", prompt_ids, sampling, seed=(seed, "gates"))
+    responses = budgets.fit_responses(
+        sampling,
+        len(prompt_ids),
+        lambda fitting: generate(roles, "policy", prompt_ids, fitting, seed=(seed, "gates")),
+    )
     episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
 
-    def logprobs(role: str) -> torch.Tensor:
-        rows = score_logprobs(
-            roles,
-            role,  # type: ignore[arg-type]
-            episodes,
-            temperature=ppo.temperature,
-            max_tokens=ppo.microbatch_tokens,
+    def logprobs(role: Role) -> torch.Tensor:
+        rows = budgets.fit_sequences(
+            [len(episode.ids) for episode in episodes],
+            lambda most: score_logprobs(roles, role, episodes, temperature=ppo.temperature, max_tokens=most),
         )
         return torch.cat(rows)
 

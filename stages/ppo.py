@@ -123,7 +123,9 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     rounds = Rounds(run.working("ppo"), config, digest(inputs), world, warn=say)
 
     # Gates: before a checkpoint is put back, so that the policy is still the copy that it starts as.
-    measured |= check_startup(roles, split.train, ppo, seed=config.seed, policy_is_reference=promoted is None)
+    measured |= check_startup(
+        roles, split.train, ppo, seed=config.seed, policy_is_reference=promoted is None, budgets=budgets
+    )
     say("Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
     say(paths_taken(roles, ppo, measured["sampler_gap"]))
     position = checkpoints.restore(state, rounds.exists)

@@ -119,7 +119,8 @@ def small_pipeline(folder: Path, *overrides: str) -> LoadedConfig:
         "ppo.kl.horizon": "50",
         "evaluate.batch_size": "4",
     }
-    return tiny_config(folder, *(f"{key}={value}" for key, value in settings.items()), *overrides)
+    settings |= dict(override.split("=", 1) for override in overrides)
+    return tiny_config(folder, *(f"{key}={value}" for key, value in settings.items()))
 
 
 def elsewhere(folder: Path, undisturbed: LoadedConfig, *overrides: str) -> LoadedConfig:

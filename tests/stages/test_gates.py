@@ -17,7 +17,9 @@ from stages.gates import check_reward_round_trip, check_startup
 
 
 def check(found, *, policy_is_reference: bool = True) -> dict[str, float]:
-    return check_startup(found.roles, prompts(4), found.ppo, seed=0, policy_is_reference=policy_is_reference)
+    return check_startup(
+        found.roles, prompts(4), found.ppo, seed=0, policy_is_reference=policy_is_reference, budgets=found.budgets
+    )
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
