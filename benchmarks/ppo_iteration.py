@@ -114,8 +114,8 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
             with_values=ppo.rollout.reuse_logprobs and ppo.critic == "head",
         )
         experience = collect(roles, rewards, prompts, sampled, ppo, kl_coefficient=0.05, world=world, budgets=budgets)
-        statistics = updater.update(experience, iteration, critic_only=False)
-        rounds.append(round_metrics(experience, statistics, kl_coefficient=0.05, world=world))
+        seen = updater.update(experience, iteration, critic_only=False)
+        rounds.append(round_metrics(experience, seen, kl_coefficient=0.05, world=world))
     measured = rounds[1:]
     peak = peak_memory_bytes()
 

@@ -148,12 +148,12 @@ class RunDirectory:
             self._drop_work_of_the_finished(name)
         for draft in self.root.glob("working/**/.draft-*"):
             shutil.rmtree(draft, ignore_errors=True)
+        for written in ("run.json", "config.json", "origins.json", "metrics/*.jsonl"):  # by who has the lock
+            folder, _, name = written.rpartition("/")
+            for draft in (self.root / folder).glob(f".{name}-*"):
+                draft.unlink(missing_ok=True)
         # Processes without the lock, such as a flow that writes its summary, may have files in the making.
-        for draft in [
-            *self.root.glob(".*.json-*"),
-            *self.root.glob(".*.html-*"),
-            *self.root.glob("metrics/.*.jsonl-*"),
-        ]:
+        for draft in [*self.root.glob(".*.json-*"), *self.root.glob(".*.html-*")]:
             if time.time() - draft.stat().st_mtime > _SECONDS_OF_A_FILE:
                 draft.unlink(missing_ok=True)
 

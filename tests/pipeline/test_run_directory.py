@@ -123,13 +123,14 @@ def test_what_killed_processes_left_goes_at_the_next_start(tmp_path):
     left = [run.root / ".sft-abcdefgh", run.root / ".sft-abcdefgh-replaced", run.working("ppo") / ".draft-xyz"]
     for folder in (*left, whole):
         folder.mkdir(parents=True)
-    for name in (".config.json-old", ".report.html-old", ".summary.json-new"):
-        (run.root / name).write_text("{")
+    run.metrics("sft").parent.mkdir()
+    under_the_lock = [run.root / ".config.json-new", run.metrics("sft").with_name(".sft.jsonl-new")]
+    for path in (*under_the_lock, run.root / ".report.html-old", run.root / ".summary.json-new"):
+        path.write_text("{")
     an_hour_ago = time.time() - 3600
-    for name in (".config.json-old", ".report.html-old"):
-        os.utime(run.root / name, (an_hour_ago, an_hour_ago))
+    os.utime(run.root / ".report.html-old", (an_hour_ago, an_hour_ago))
     RunDirectory.open(loaded)
-    assert not any(folder.exists() for folder in left) and whole.exists()
+    assert not any(path.exists() for path in (*left, *under_the_lock)) and whole.exists()
     assert (run.stage("sft") / "file").read_text() == "finished"
     assert [path.name for path in run.root.glob(".*")] == [".summary.json-new"], "another process may be writing it"
 
