@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from pipeline.background import Background
 from pipeline.base_model import load_base
 from pipeline.config import BaseSettings, LaunchSettings, LoraSettings, PipelineConfig, PPOSettings
 from pipeline.distributed import World, seed_everything
@@ -258,7 +259,11 @@ def checkpoint_costs(
     experience: Experience,
     iteration_seconds: float,
 ) -> dict[str, float]:
-    """Seconds to keep a round, to write a checkpoint and to put it back, and their share of an iteration."""
+    """Seconds to keep a round, to write a checkpoint and to put it back, and their share of an iteration.
+
+    `copy_seconds` is what a checkpoint holds up the loop for, which then goes on while it is written. The shares count
+    all of `save_seconds`, as if it waited.
+    """
     config = PipelineConfig(run_dir="unused", base=BaseSettings(model=MODEL), ppo=ppo)
     state = TrainingState(roles, optimizer, FixedKL(0.05), budgets, World(), "bench")
     with tempfile.TemporaryDirectory(prefix="trivet-bench-") as folder:
@@ -271,10 +276,16 @@ def checkpoint_costs(
         saved = time.monotonic()
         Checkpoints(Path(folder), config, "bench", World(), warn=print).restore(state, rounds.exists)
         restored = time.monotonic()
+        with Background() as background:
+            beside = Checkpoints(Path(folder), config, "bench", World(), warn=print, background=background)
+            started_beside = time.monotonic()
+            beside.save(2, state)
+            copied = time.monotonic() - started_beside
         size = sum(path.stat().st_size for path in (Path(folder) / "checkpoints").rglob("*") if path.is_file())
     each = (kept - started) + (saved - kept) / ppo.checkpoint_every
     return {
         "round_seconds": round(kept - started, 3),
+        "copy_seconds": round(copied, 3),
         "save_seconds": round(saved - kept, 3),
         "restore_seconds": round(restored - saved, 3),
         "megabytes": round(size / 1e6, 1),

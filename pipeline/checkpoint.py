@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from pipeline.artifacts import folder_files, seal, unseal
 from pipeline.disk import writing
 from pipeline.run_directory import read_json, replace_folder, sync_tree, write_json
-from pipeline.tensor_tree import save_tensors
 
 STATE = "state.json"
 _DRAFT = ".draft-"
@@ -133,17 +132,17 @@ class CheckpointFolder:
             yield from sorted((path for path in self.root.iterdir() if path.name.isdecimal()), reverse=True)
 
 
-def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
-    """Write an optimizer's state tensors under the names of their parameters."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in named.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = torch.as_tensor(value)
-    save_tensors(tensors, path)
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """An optimizer's state tensors under the names of their parameters: `NAME/KEY`."""
+    return {
+        f"{name}/{key}": torch.as_tensor(value)
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
-    """Read back what `save_optimizer` wrote.
+    """Read back what `optimizer_tensors` gave, from a safetensors file.
 
     Raises:
         KeyError: the file names a parameter that the optimizer does not have.

@@ -149,8 +149,8 @@ class RunDirectory:
         for draft in self.root.glob("working/**/.draft-*"):
             shutil.rmtree(draft, ignore_errors=True)
         for written in ("run.json", "config.json", "origins.json", "metrics/*.jsonl"):  # by who has the lock
-            folder, _, name = written.rpartition("/")
-            for draft in (self.root / folder).glob(f".{name}-*"):
+            folder, _, file = written.rpartition("/")
+            for draft in (self.root / folder).glob(f".{file}-*"):
                 draft.unlink(missing_ok=True)
         # Processes without the lock, such as a flow that writes its summary, may have files in the making.
         for draft in [*self.root.glob(".*.json-*"), *self.root.glob(".*.html-*")]:

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from pipeline.artifacts import Manifest, digest, read_manifest
+from pipeline.background import Background
 from pipeline.base_files import load_tokenizer
 from pipeline.base_model import base_identity, fingerprint, load_base, require_unchanged
 from pipeline.chat import ChatFormat
@@ -119,7 +120,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     optimizer = make_optimizer(roles, ppo)
     state = TrainingState(roles, optimizer, make_controller(ppo), budgets, world, started_from)
     updater = Updater(roles, optimizer, ppo, seed=config.seed, world=world, budgets=budgets)
-    checkpoints = Checkpoints(run.working("ppo"), config, digest(inputs), world, warn=say)
+    background = Background()
+    checkpoints = Checkpoints(run.working("ppo"), config, digest(inputs), world, warn=say, background=background)
     rounds = Rounds(run.working("ppo"), config, digest(inputs), world, warn=say)
 
     # Gates: before a checkpoint is put back, so that the policy is still the copy that it starts as.
@@ -136,7 +138,12 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     last = min(ppo.iterations, ppo.max_steps or ppo.iterations)
     left = bounds_left(position.iteration, state.metrics, ppo)
     writer = MetricsWriter(run.metrics("ppo")) if world.is_main else nullcontext()
-    with writer as log, progress(last, "ppo", "iterations", done=position.iteration) as bar, deferred():
+    with (
+        writer as log,
+        progress(last, "ppo", "iterations", done=position.iteration) as bar,
+        deferred(),
+        background,
+    ):
         if log is not None:
             log.truncate_after(position.iteration)
             drop_samples_after(run, position.iteration)
@@ -188,7 +195,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             if log is not None:
                 log.write(done, state.metrics)
                 log.sync()
-                sample_lines(run, done, experience)
+                background.do(partial(sample_lines, run, done, experience))
             if done % ppo.checkpoint_every == 0 or done == last or stops(left, ppo):
                 checkpoints.save(done, state)
             world.wait()

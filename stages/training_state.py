@@ -12,14 +12,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.checkpoint import Checkpoint, CheckpointFolder, load_optimizer, save_optimizer
+from pipeline.background import Background
+from pipeline.checkpoint import Checkpoint, CheckpointFolder, load_optimizer, optimizer_tensors
 from pipeline.config import PipelineConfig
 from pipeline.distributed import World
 from pipeline.errors import ArtifactError
@@ -72,13 +74,18 @@ class TrainingState:
             "metrics": self.metrics,
         }
 
-    def write(self, folder: Path) -> None:
-        """The state that is tensors, by parameter name."""
-        save_tensors(self.learning, folder / "roles.safetensors")
-        save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.learning)
+    def copied(self) -> Callable[[Path], None]:
+        """A copy of the state that is tensors, by parameter name, as what writes it into a folder."""
+        learning, optimizer = _copies(self.learning), _copies(optimizer_tensors(self.optimizer, self.learning))
+
+        def write(folder: Path) -> None:
+            save_tensors(learning, folder / "roles.safetensors")
+            save_tensors(optimizer, folder / "optimizer.safetensors")
+
+        return write
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Put back what `numbers` and `write` gave."""
+        """Put back what `numbers` and `copied` gave."""
         self.restore_roles(checkpoint)
         load_optimizer(checkpoint.folder / "optimizer.safetensors", self.optimizer, self.learning)
         state = checkpoint.state
@@ -95,6 +102,11 @@ class TrainingState:
         with torch.no_grad():
             for name, tensor in load_file(checkpoint.folder / "roles.safetensors").items():
                 learning[name].copy_(tensor)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In main memory, so that the originals may change."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -124,10 +136,19 @@ class Checkpoints:
         inputs_digest: identity of what the run is made from.
         world: all processes.
         warn: told of each checkpoint that cannot be used.
+        background: writes them, so that one is on the disk when it has finished. None: they are written at once.
     """
 
-    def __init__(self, folder: Path, config: PipelineConfig, inputs_digest: str, world: World, warn: Say) -> None:
-        self._world = world
+    def __init__(
+        self,
+        folder: Path,
+        config: PipelineConfig,
+        inputs_digest: str,
+        world: World,
+        warn: Say,
+        background: Background | None = None,
+    ) -> None:
+        self._world, self._background = world, background
         self._steps = config.ppo.epochs * config.minibatches_per_epoch
         self._saved: tuple[int, Any] | None = None
 
@@ -167,10 +188,14 @@ class Checkpoints:
 
     def _write(self, folder: CheckpointFolder, step: int, numbers: dict[str, Any], state: TrainingState) -> None:
         if self._world.is_main:
-            folder.save(step, numbers, state.write)
+            save = partial(folder.save, step, numbers, state.copied())
+            if self._background is None:
+                save()
+            else:
+                self._background.do(save)
 
     def restore_best(self, state: TrainingState) -> None:
-        """Put back the policy and critic that `state.best` tells of.
+        """Put back the policy and critic that `state.best` tells of. The background must have finished.
 
         Raises:
             ArtifactError: their checkpoint is lost or damaged.

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.checkpoint import STATE, CheckpointFolder, load_optimizer, save_optimizer
+from pipeline.checkpoint import STATE, CheckpointFolder, load_optimizer, optimizer_tensors
+from pipeline.tensor_tree import save_tensors
 
 
 def write(content: str):
@@ -129,7 +130,7 @@ def test_an_optimizer_goes_on_bit_for_bit(tmp_path):
     named, optimizer = made()
     for seed in range(3):
         step(named, optimizer, seed)
-    save_optimizer(tmp_path / "optimizer.safetensors", optimizer, named)
+    save_tensors(optimizer_tensors(optimizer, named), tmp_path / "optimizer.safetensors")
     resumed, resumed_optimizer = made()
     with torch.no_grad():
         resumed["a.weight"].copy_(named["a.weight"])

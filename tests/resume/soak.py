@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from resume.harness import Runner, elsewhere, leftovers, log, result_of, small_pipeline  # noqa: E402
 
+from pipeline.config_file import LoadedConfig  # noqa: E402
 from pipeline.run_directory import STAGES  # noqa: E402
 
 STARTS = 4
@@ -53,21 +54,25 @@ def main() -> int:
                     number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
                     status = runner.run(stage, loaded, after=(draw.uniform(0.0, 1.2 * seconds[stage]), number))
                     if status not in (0, 75, -number):
-                        print(
-                            f"round {rounds}, {stage}: ended with {status}\n{loaded.path.with_name('log').read_text()}"
-                        )
-                        return 1
+                        return different(loaded, f"round {rounds}, {stage}: ended with {status}")
                     kills += status != 0
                 status = runner.run(stage, loaded)
                 if status != 0 or result_of(stage, loaded) != result_of(stage, undisturbed) or leftovers(loaded):
-                    print(f"round {rounds}, {stage}: differs (exit code {status}); kept in {folder}")
-                    shutil.copytree(folder, Path.cwd() / folder.name)
-                    return 1
+                    return different(loaded, f"round {rounds}, {stage}: differs (exit code {status})")
             shutil.rmtree(folder)
             rounds += 1
             print(f"{rounds} pipelines, ended {kills} times in all, no difference", flush=True)
     runner.close()
     return 0
+
+
+def different(loaded: LoadedConfig, what: str) -> int:
+    """Say what went wrong, and keep the run and its log in the working directory."""
+    folder = Path(loaded.config.run_dir).parent
+    kept = Path.cwd() / folder.name
+    shutil.copytree(folder, kept)
+    print(f"{log(loaded).read_text()[-4000:]}\n{what}; kept in {kept}")
+    return 1
 
 
 if __name__ == "__main__":

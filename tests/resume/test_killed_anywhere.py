@@ -40,8 +40,8 @@ PPO = [
     Stop("stages.ppo:sample_lines", 3, "after"),
     # While a checkpoint is written, and when it is whole.
     Stop("stages.ppo:Checkpoints.save", 1),
-    Stop("stages.training_state:save_optimizer", 1),
-    Stop("stages.training_state:save_optimizer", 3, "after"),
+    Stop("stages.training_state:save_tensors", 2),
+    Stop("stages.training_state:save_tensors", 6, "after"),
     Stop("os:rename", 1, "before", about="checkpoints"),
     Stop("os:rename", 1, "after", about="checkpoints"),
     Stop("shutil:rmtree", 1, "before", about="checkpoints"),
