@@ -28,7 +28,7 @@ from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
 from pipeline.merged_model import int8_scale, nf4_constants
-from pipeline.sharding import whole_tensor
+from pipeline.sharding import unknown_to_libraries, whole_tensor
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,17 @@ def load_base(base: BaseSettings, device: torch.device | str | None = None) -> B
     chat = ChatFormat(read_tokenizer(folder, base))
     dtype = compute_dtype(base, device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=_quantization(base, dtype),
-            attn_implementation=_attention(base, device),
-            trust_remote_code=base.trust_remote_code,
-            use_safetensors=True,
-        )
+        quantization = _quantization(base, dtype)
+        with unknown_to_libraries():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=quantization,
+                attn_implementation=_attention(base, device),
+                trust_remote_code=base.trust_remote_code,
+                use_safetensors=True,
+            )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BaseModelError(
             f"the base cannot be loaded: {str(error).splitlines()[0]}",

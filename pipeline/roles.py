@@ -51,10 +51,11 @@ class Roles:
 
     Args:
         base: the loaded base; its model is wrapped in place.
-        share_out_to: the processes that hold the base together; None where each has all of it.
+        share_out_to: the processes that are to hold the base together; None where each keeps what it has.
+        shards: the base, where it is shared out already.
     """
 
-    def __init__(self, base: Base, share_out_to: World | None = None) -> None:
+    def __init__(self, base: Base, share_out_to: World | None = None, shards: Shards | None = None) -> None:
         self.base = base
         self.heads: dict[Role, ScalarHead] = {}
         self._causal_model = base.model
@@ -62,7 +63,9 @@ class Roles:
         self._active: Role | None = None
         self._trainable: set[Role] = set()
         self._world = share_out_to
-        self.shards: Shards | None = None
+        self.shards = shards
+        if shards is not None:
+            shards.show_quantization()
         self.between_passes: Callable[[], None] = _go_on
         """Called before each forward pass that scores sequences; may raise to stop the work."""
 
@@ -165,7 +168,8 @@ class Roles:
             else:
                 self._peft.add_adapter(role, config)
         for parameter in self.parameters(role).values():
-            parameter.data = parameter.data.float()
+            # PEFT puts them where the base's weights are, which may be shares in main memory.
+            parameter.data = parameter.data.to(self.device, torch.float32)
         if isinstance(self._causal_model.get_output_embeddings(), LoraLayer):
             raise ConfigError(
                 "the output head has an adapter, but only the trunk's layers learn here",

@@ -20,7 +20,7 @@ from typing import Any, cast
 import bitsandbytes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -32,21 +32,28 @@ SHARE_OF_MEMORY = 0.5
 """How much of the device's memory the whole base may take while it samples."""
 
 
-def asked_to_share_out(world: World) -> bool:
-    """Whether the launcher asks for FSDP, and there is someone to share the base with.
+_ASKED = "ACCELERATE_USE_FSDP"
+"""What Accelerate's launcher asks for FSDP by."""
 
-    Raises:
-        ConfigError: it asks for shares in main memory.
+
+def asked_to_share_out(world: World) -> bool:
+    """Whether the launcher asks for FSDP, and there is someone to share the base with."""
+    return world.size > 1 and _switch(_ASKED)
+
+
+@contextmanager
+def unknown_to_libraries() -> Iterator[None]:
+    """A block in which Accelerate and transformers do not learn that FSDP is asked for.
+
+    Accelerate would share out the whole model, adapters and all, which its optimizer states and checkpoints would then
+    have to know of; transformers would leave buffers of all processes but the first on the CPU.
     """
-    if world.size == 1 or not _switch("ACCELERATE_USE_FSDP"):
-        return False
-    if _switch("FSDP_OFFLOAD_PARAMS"):
-        raise ConfigError(
-            "the launcher asks for FSDP with shares in main memory, which no stage can do",
-            where="launch.cpu_offload",
-            remedy="Set launch.cpu_offload=false, or fsdp_offload_params: false in a launcher file of your own.",
-        )
-    return True
+    asked = os.environ.pop(_ASKED, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_ASKED] = asked
 
 
 def _switch(variable: str, default: str = "false") -> bool:
@@ -56,6 +63,8 @@ def _switch(variable: str, default: str = "false") -> bool:
 class Shards:
     """The decoder layers of a base, shared out. Every process must make one, with the same base.
 
+    A share lies on the device, or in main memory where the launcher asks for that.
+
     Args:
         model: the causal model with an adapter on it already, since PEFT looks at the weights to choose its layers.
         trunk: its decoder.
@@ -63,6 +72,7 @@ class Shards:
 
     Raises:
         BaseModelError: it is not known which modules are the architecture's layers.
+        ConfigError: the weights are such as cannot be shared out.
     """
 
     def __init__(self, model: PreTrainedModel, trunk: nn.Module, world: World) -> None:
@@ -78,16 +88,30 @@ class Shards:
             )
         self.whole_bytes = sum(_bytes(parameter) for layer in layers for parameter in _frozen(layer))
         mesh = init_device_mesh(world.device.type, (world.size,))
+        place = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if _switch("FSDP_OFFLOAD_PARAMS") else None
+        self._quantization: dict[nn.Module, dict[str, Any]] = {}
         for layer in layers:
-            _keep_quantization_constants(layer)
+            self._quantization |= _keep_quantization_constants(layer)
             learning = set(layer.parameters()) - set(_frozen(layer))
-            fully_shard(layer, mesh=mesh, reshard_after_forward=self._reshard, ignored_params=learning)
+            fully_shard(
+                layer,
+                mesh=mesh,
+                reshard_after_forward=self._reshard,
+                offload_policy=place or OffloadPolicy(),
+                ignored_params=learning,
+            )
         self._layers = [cast(FSDPModule, layer) for layer in layers]
 
     @property
     def bytes_here(self) -> int:
         """What this process holds of the layers' weights now."""
         return sum(_bytes(parameter) for layer in self._layers for parameter in _frozen(cast(nn.Module, layer)))
+
+    @property
+    def sentence(self) -> str:
+        """How much each process holds, for people."""
+        held, whole = self.bytes_here, self.whole_bytes
+        return f"The base is shared out: each process holds {held / 1e6:.1f} of {whole / 1e6:.1f} MB of its layers."
 
     @property
     def fits_whole(self) -> bool:
@@ -108,7 +132,18 @@ class Shards:
         finally:
             for layer in self._layers:
                 layer.set_reshard_after_forward(self._reshard)
-                layer.reshard()
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Let go of what is gathered, so that the layers hold their shares alone."""
+        for layer in self._layers:
+            layer.reshard()
+
+    def show_quantization(self) -> None:
+        """Say at each share how its weight is quantized, which PEFT reads there when it puts adapters on it."""
+        self.give_up()
+        for module, quantization in self._quantization.items():
+            vars(module.weight).update(quantization)
 
     def in_step(self, groups: Sequence[list[int]]) -> list[list[int]]:
         """The same items in as many groups as the process with the most groups has: one forward pass each.
@@ -138,14 +173,22 @@ def _bytes(parameter: nn.Parameter) -> int:
     return here.numel() * here.element_size()
 
 
-def _keep_quantization_constants(layer: nn.Module) -> None:
-    """FSDP replaces a weight by a plain one; bitsandbytes then looks for its constants at the module."""
+def _keep_quantization_constants(layer: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+    """FSDP replaces a weight by a plain one; bitsandbytes then looks for its constants at the module.
+
+    Returns:
+        how the weight is quantized of each module where it is.
+    """
+    found: dict[nn.Module, dict[str, Any]] = {}
     for module in layer.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.quant_state = cast(Any, module.weight).quant_state
+            weight = cast(Any, module.weight)
+            module.quant_state = weight.quant_state
+            found[module] = {name: getattr(weight, name) for name in ("compress_statistics", "quant_type")}
         elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
             raise ConfigError(
                 "FSDP cannot share out weights of base.quantization=int8",
                 where="launch.strategy=fsdp",
                 remedy="Set base.quantization=nf4, or launch.strategy=ddp.",
             )
+    return found

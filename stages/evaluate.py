@@ -36,6 +36,7 @@ from pipeline.rewards import Calibration, RewardFunction
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory, write_json
 from pipeline.scoring import Episode, require_finite, score_logprobs, score_rewards
+from pipeline.sharding import asked_to_share_out
 from pipeline.statistics import mean_interval, win_rate
 from stages.command import stage_main
 from stages.experience import Budgets
@@ -88,12 +89,14 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     # Adapters.
     base = load_base(config.base, world.device)
     base_before = fingerprint(base.model)
-    roles = Roles(base)
+    roles = Roles(base, share_out_to=world if asked_to_share_out(world) else None)
     roles.add_from("reference", run.stage("sft"))
     roles.add_from("policy", run.stage("ppo"))
     reward_manifest = roles.add_from("reward", run.stage("reward")) if config.trains_reward_model else None
     roles.set_trainable()
     roles.disable_dropout()
+    if roles.shards is not None:
+        say(roles.shards.sentence)
 
     # Answer.
     sampling = SamplingSettings(
@@ -103,11 +106,17 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         weights=config.ppo.rollout.weights,
     )
     budgets = Budgets(
-        MemoryBudget("ppo.microbatch_tokens", config.ppo.microbatch_tokens, say),
-        MemoryBudget("evaluate.batch_size", config.evaluate.batch_size, say),
+        MemoryBudget("ppo.microbatch_tokens", config.ppo.microbatch_tokens, say, alone=roles.shards is None),
+        MemoryBudget("evaluate.batch_size", config.evaluate.batch_size, say, alone=roles.shards is None),
         length_setting="evaluate.max_new_tokens",
     )
-    parts = Parts(run.working("evaluate") / "parts", inputs_digest=digest(inputs), world=world, budgets=budgets)
+    parts = Parts(
+        run.working("evaluate") / "parts",
+        inputs_digest=digest(inputs),
+        world=world,
+        budgets=budgets,
+        in_step=roles.shards is not None,
+    )
     roles.between_passes = partial(stop_alone, world)
     answers = {}
     with deferred(), progress(2 * len(prompts), "evaluate", "answers") as bar:

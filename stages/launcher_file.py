@@ -27,7 +27,7 @@ Kind = Literal["none", "ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3", "meg
 ABLE: Mapping[Kind, frozenset[str]] = {
     "none": frozenset(STAGES),
     "ddp": frozenset(STAGES),
-    "fsdp": frozenset({"ppo"}),
+    "fsdp": frozenset(STAGES),
     "deepspeed_zero2": frozenset(),
     "deepspeed_zero3": frozenset(),
     "megatron_lm": frozenset(),
@@ -35,7 +35,6 @@ ABLE: Mapping[Kind, frozenset[str]] = {
 """Which stages work with which way of sharing the model. A kind is let through by naming the stages here."""
 
 _WHY_NOT: Mapping[Kind, str] = {
-    "fsdp": "among the stages PPO alone shares out the base as yet",
     "deepspeed_zero2": "the stages step their optimizer themselves",
     "deepspeed_zero3": "the stages hold the base whole on each GPU, and DeepSpeed would split its packed weights",
     "megatron_lm": "the stages know no other model than transformers'",
@@ -173,17 +172,17 @@ def require_launchable(config: PipelineConfig, stages: Sequence[str]) -> Launche
     """Refuse, before anything is loaded, a launch that cannot work.
 
     Raises:
-        ConfigError: more processes than GPUs, batches that the file's processes cannot share, or a way of sharing the
-            model that a stage does not know.
+        ConfigError: more processes than GPUs, batches that the file's processes cannot share, weights that FSDP cannot
+            share out, or a way of sharing the model that a stage does not know.
     """
     if config.launch.accelerate_config is not None:
         launcher = read_launcher_file(config.launch.accelerate_config)
-        _require_even_batches(config, launcher)
     else:
         launch, _ = resolve(config)
         kind = _SHARDING["none" if launch.world_size == 1 else "fsdp" if launch.strategy == "fsdp" else "ddp"]
         launcher = Launcher(kind, launch.processes, launch.machines, "launch")
     _require_gpus(launcher)
+    _require_agreement(config, launcher)
     unable = [stage for stage in stages if stage not in ABLE[launcher.kind]]
     if unable:
         raise ConfigError(
@@ -205,18 +204,20 @@ def _require_gpus(launcher: Launcher) -> None:
         )
 
 
-def _require_even_batches(config: PipelineConfig, launcher: Launcher) -> None:
-    """The section's own numbers are checked with the config; a file's are known only here."""
-    as_section = config.launch.model_copy(
-        update={"accelerate_config": None, "processes": launcher.processes, "machines": launcher.machines}
+def _require_agreement(config: PipelineConfig, launcher: Launcher) -> None:
+    """The section's own settings are checked with the config; what a file or `auto` comes to is known only here."""
+    strategy = launcher.kind if launcher.kind in ("ddp", "fsdp") and launcher.world_size > 1 else "auto"
+    as_section = LaunchSettings.model_construct(
+        processes=launcher.processes, machines=launcher.machines, main_address="machine-0", strategy=strategy
     )
     other = config.model_copy(update={"launch": as_section})
-    uneven = [fault for fault in other.contradictions() if "launch.processes" in fault or "share" in fault]
-    if uneven:
+    known = set(config.contradictions())
+    faults = [fault for fault in other.contradictions() if fault not in known]
+    if faults:
         raise ConfigError(
-            f"the file starts {launcher.world_size} processes: {uneven[0]}",
+            f"with {launcher.world_size} processes under {launcher.kind.upper()}: {faults[0]}",
             where=launcher.where,
-            remedy="Change the batch as said, or the file's num_processes.",
+            remedy="Change the setting as said, or how the launcher starts the processes.",
         )
 
 

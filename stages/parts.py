@@ -1,13 +1,15 @@
 """Work in parts: the processes share them, and those that are done are kept and not done again.
 
 Each part is always computed alone and with seeds of its own, so that the result depends neither on the number of
-processes nor on an interruption.
+processes nor on an interruption. Where the base is shared out, processes compute their parts in step, and those that
+have less to do repeat themselves meanwhile; the result then depends on their number by rounding alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +39,56 @@ class Parts:
         inputs_digest: identity of what the stage is made from; parts of other inputs do not count.
         world: the processes that share the work.
         budgets: how much goes through the model at once, as far as memory goes; a part keeps what they had come to.
+        in_step: whether a part takes all processes, since each holds a share of the base.
     """
 
-    def __init__(self, folder: Path, *, inputs_digest: str, world: World, budgets: Budgets) -> None:
+    def __init__(
+        self, folder: Path, *, inputs_digest: str, world: World, budgets: Budgets, in_step: bool = False
+    ) -> None:
         self._folder, self._inputs_digest, self._world, self.budgets = folder, inputs_digest, world, budgets
+        self._in_step = in_step
 
     def keep(self, name: str, make: Callable[[], Any]) -> Any:
         """A part as JSON gives it back: from an earlier start if it is whole, else made now."""
+        found = self._kept(name)
+        return self._write(name, make()) if found is None else found["part"]
+
+    def _kept(self, name: str) -> Mapping[str, Any] | None:
+        """What an earlier start has left of a part, with the part itself under `part`."""
         path = self._folder / f"{name}.json"
         try:
             found = unseal(read_json(path), path, "")
             if found["inputs_digest"] == self._inputs_digest:
-                self.budgets.lower(found["budgets"])
-                return found["part"]
+                if not self._in_step:  # sizes of one process would differ from those of the others
+                    self.budgets.lower(found["budgets"])
+                return {"part": found["part"]}
         except FileNotFoundError:
             pass  # not made yet
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"warning: {path} cannot be used ({error}); that part is made again")
-        part = make()
+        return None
+
+    def _write(self, name: str, part: Any) -> Any:
         made = seal({"inputs_digest": self._inputs_digest, "budgets": self.budgets.sizes, "part": part})
-        write_json(path, made)
+        write_json(self._folder / f"{name}.json", made)
         return made["part"]
+
+    def _keep_in_step(
+        self, name: str, batches: Sequence[Sequence[int]], make: Callable[[Sequence[int]], Sequence[Any]]
+    ) -> Any:
+        """This process's part of a round, whose `batches` all processes make at once, unless each has its own already.
+
+        Every process makes as many items as the largest batch has, so that they make equally many passes.
+        """
+        rank = self._world.rank
+        own = batches[rank] if rank < len(batches) else []
+        found = self._kept(name) if own else None
+        if self._world.maximum(float(bool(own) and found is None)):
+            items = list(islice(cycle(own or batches[0]), max(map(len, batches))))
+            made = list(make(items))[: len(own)]
+            if own and found is None:
+                return self._write(name, made)
+        return [] if found is None else found["part"]
 
     def compute(
         self,
@@ -83,12 +114,15 @@ class Parts:
         size = self._world.size
         mine: list[tuple[int, Any]] = []
         for first in range(0, len(batches), size):
-            number = first + self._world.rank
-            if number < len(batches):
-                batch = batches[number]
+            number, together = first + self._world.rank, batches[first : first + size]
+            batch = batches[number] if number < len(batches) else []
+            part: Sequence[Any] = []
+            if self._in_step:
+                part = self._keep_in_step(f"{name}-{number:05d}", together, make)
+            elif batch:
                 part = self.keep(f"{name}-{number:05d}", lambda batch=batch: list(make(batch)))  # type: ignore[misc]
-                mine.extend(zip(batch, part, strict=True))
-            on_batch(sum(len(batch) for batch in batches[first : first + size]))
+            mine.extend(zip(batch, part, strict=True))
+            on_batch(sum(len(batch) for batch in together))
             stop_together(self._world)
         return [thing for _, thing in sorted(self._world.gather(mine), key=lambda pair: pair[0])]
 

@@ -102,8 +102,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         started_from = roles.add_from("policy", promoted).digest
         say(f"The policy starts at the promoted one, {promoted}.")
     if roles.shards is not None:
-        held, whole = roles.shards.bytes_here, roles.shards.whole_bytes
-        say(f"The base is shared out: each process holds {held / 1e6:.1f} of {whole / 1e6:.1f} MB of its layers.")
+        say(roles.shards.sentence)
     calibration, measured = Calibration(), {}
     if config.needs_reward_model:
         reward_manifest = roles.add_from("reward", run.stage("reward"))

@@ -45,8 +45,10 @@ from pipeline.records import Comparison, Text
 from pipeline.rewards import Calibration
 from pipeline.roles import Roles, reward_model_for_training
 from pipeline.run_directory import RunDirectory
+from pipeline.scalar_head import trunk_of
 from pipeline.scored_pairs import HELD_OUT
 from pipeline.scoring import require_finite, score_rewards
+from pipeline.sharding import Shards, asked_to_share_out
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
 from stages.experience import Budgets, sampling_settings
@@ -102,14 +104,18 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     require_fitting_parents("reward", config, run, base_identity(config.base, chat, arguments.device))
 
     # 3. Adapters
+    world = World()
     base = load_base(config.base, arguments.device)
     base_before = fingerprint(base.model)
     sft = run.stage("sft")
     seed_everything(config.seed, deterministic=config.deterministic)
     model, _ = reward_model_for_training(base, config.lora, sft if settings.start_from == "sft" else None)
+    shards = Shards(base.model, trunk_of(base.model), world) if asked_to_share_out(world) else None
+    if shards is not None:
+        say(shards.sentence)
 
     # 4. Optimizer
-    trainer = build_trainer(model, chat, arguments, train_pairs, held_out_pairs)
+    trainer = build_trainer(model, chat, arguments, train_pairs, held_out_pairs, shards)
 
     # 5. Loop
     train_loss = train(trainer, TrainingReport("reward", run), checkpoints)
@@ -119,16 +125,22 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     sample = [ids for pair in (held_out_pairs or train_pairs) for ids in (pair.chosen, pair.rejected)]
     sample = sample[:ROUND_TRIP_SEQUENCES]
     trained_scores = score_while_training(model, sample, base.device, scoring_tokens)
-    roles = as_roles(base, model, sft, run.working("reward") / "adapter", trainer.accelerator)
+    roles = as_roles(base, model, sft, run.working("reward") / "adapter", trainer.accelerator, shards)
     require_same_scores(trained_scores, score_rewards(roles, sample, max_tokens=scoring_tokens))
     scores = require_finite(
         score_pairs(roles, held_out_pairs, scoring_tokens), "score of a held-out pair", where="reward"
     )
     budgets = Budgets(
-        MemoryBudget("reward.microbatch_size * reward.max_length", scoring_tokens, say),
-        MemoryBudget("ppo.rollout.batch_size", config.ppo.rollout.batch_size, say),
+        MemoryBudget("reward.microbatch_size * reward.max_length", scoring_tokens, say, alone=shards is None),
+        MemoryBudget("ppo.rollout.batch_size", config.ppo.rollout.batch_size, say, alone=shards is None),
     )
-    parts = Parts(run.working("reward") / "parts", inputs_digest=digest(inputs), world=World(), budgets=budgets)
+    parts = Parts(
+        run.working("reward") / "parts",
+        inputs_digest=digest(inputs),
+        world=world,
+        budgets=budgets,
+        in_step=shards is not None,
+    )
     calibration, calibration_metrics = calibrate(roles, prompts, config, parts)
     probe = reward_probe(roles, sample)
     require_unchanged(base, base_before)
@@ -196,14 +208,16 @@ def build_trainer(
     arguments: Any,
     train_pairs: Sequence[Pair],
     held_out_pairs: Sequence[Pair],
+    shards: Shards | None = None,
 ) -> PairTrainer:
-    """The trainer of the reward model, whose adapter and head are in float32."""
+    """The trainer of the reward model, whose adapter and head are in float32; `shards` as in `StageTrainer`."""
     trainer = PairTrainer(
         model=model,
         args=arguments,
         train_dataset=as_dataset(train_pairs),
         eval_dataset=as_dataset(held_out_pairs) if held_out_pairs else None,
         processing_class=padding_tokenizer(chat),
+        shards=shards,
     )
     rounded = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype.itemsize < 4]
     assert not rounded, f"trainable parameters in 16 bits: {rounded[:3]}"
@@ -235,7 +249,9 @@ def score_while_training(
     return scores_B
 
 
-def as_roles(base: Base, model: PeftModel, sft: Path, folder: Path, accelerator: Accelerator) -> Roles:
+def as_roles(
+    base: Base, model: PeftModel, sft: Path, folder: Path, accelerator: Accelerator, shards: Shards | None
+) -> Roles:
     """Save the trained adapter and head, take them off the base, and load them as PPO will, beside the SFT policy."""
     if accelerator.is_main_process:
         model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -243,7 +259,7 @@ def as_roles(base: Base, model: PeftModel, sft: Path, folder: Path, accelerator:
     reward_model = model.unload()
     reward_model.disable_input_require_grads()
     reward_model.gradient_checkpointing_disable()
-    roles = Roles(base)
+    roles = Roles(base, shards=shards)
     roles.add_from("reference", sft)
     roles.add_weights("reward", folder)
     roles.set_trainable()

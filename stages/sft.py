@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -26,19 +26,20 @@ from trl import SFTTrainer
 from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_files import load_tokenizer
 from pipeline.base_model import fingerprint, load_base, require_unchanged
-from pipeline.batching import group_by_tokens, pad
+from pipeline.batching import pad
 from pipeline.chat import ChatFormat
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_instructions
-from pipeline.distributed import seed_everything
+from pipeline.distributed import World, seed_everything
 from pipeline.errors import ConfigError, DivergenceError
 from pipeline.logprobs import token_logprobs
-from pipeline.progress import progress
+from pipeline.progress import progress, say
 from pipeline.records import Demonstration, TokenizedExample
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scalar_head import trunk_of
 from pipeline.scoring import LOGIT_CHUNK_TOKENS
+from pipeline.sharding import asked_to_share_out
 from pipeline.trl_options import sft_arguments
 from stages.command import stage_main
 from stages.inputs import stage_inputs
@@ -83,12 +84,15 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     train_rows, held_out_rows = tokenize(chat, split.train), tokenize(chat, split.held_out)
 
     # 3. Adapters
+    world = World()
     base = load_base(config.base, arguments.device)
     base_before = fingerprint(base.model)
     seed_everything(config.seed, deterministic=config.deterministic)
-    roles = Roles(base)
+    roles = Roles(base, share_out_to=world if asked_to_share_out(world) else None)
     roles.add_fresh("policy", config.lora)
     roles.set_trainable("policy")
+    if roles.shards is not None:
+        say(roles.shards.sentence)
 
     # 4. Optimizer
     trainer = build_trainer(roles, arguments, train_rows, held_out_rows)
@@ -183,6 +187,7 @@ def build_trainer(
         eval_dataset=as_dataset(held_out_rows) if held_out_rows else None,
         processing_class=padding_tokenizer(roles.base.chat),
         row_tokens=arguments.max_length or max(len(row.ids) for row in train_rows),
+        shards=roles.shards,
     )
     # On a quantized base TRL rounds adapters to bfloat16, in which small updates are lost.
     for name, parameter in roles.parameters("policy").items():
@@ -252,8 +257,11 @@ def held_out_loss(
     roles.inference_mode()
     sums = torch.zeros(2, dtype=torch.float64, device=roles.device)
     mine = list(rows[accelerator.process_index :: accelerator.num_processes])
+    if roles.shards is not None and len(mine) < math.ceil(len(rows) / accelerator.num_processes):
+        # As many rows in every process, since they pass in step; this one says nothing that counts.
+        mine.append(replace(rows[0], loss_mask=(False,) * len(rows[0].ids)))
     with roles.active(role), progress(len(mine), "sft held-out loss", "rows") as bar:
-        for group in group_by_tokens([len(row.ids) for row in mine], max_tokens):
+        for group in roles.microbatches([len(row.ids) for row in mine], max_tokens):
             ids_BL, mask_BL = pad([mine[index].ids for index in group], roles.device)
             said_BL, _ = pad([mine[index].loss_mask for index in group], roles.device)
             hidden_BLD = roles.hidden_states(ids_BL, mask_BL)

@@ -24,6 +24,7 @@ from pipeline.errors import DivergenceError
 from pipeline.memory_budget import MemoryBudget
 from pipeline.progress import say
 from pipeline.run_directory import StageName
+from pipeline.sharding import Shards, unknown_to_libraries
 from pipeline.tensor_tree import load_tree, save_tensors, save_tree
 from stages.interruption import Interrupted, requested
 from stages.microbatches import Microbatch
@@ -34,16 +35,22 @@ _MODEL, _BEST, _OPTIMIZER, _PROCESSES = "model.safetensors", "best.safetensors",
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]
-    """Put before a trainer of TRL's. `stage`, `cut` and `rows` are the subclass's; `train` gives it its checkpoints."""
+    """Put before a trainer of TRL's. `stage`, `cut` and `rows` are the subclass's; `train` gives it its checkpoints.
+
+    Args:
+        shards: the model's base where it is shared out among the processes; None where each has all of it.
+    """
 
     stage: StageName
     checkpoints: CheckpointFolder | None = None
     current_gradient_accumulation_steps: float
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.world = World()
-        super().__init__(*args, **kwargs)
-        self._budget = MemoryBudget(f"{self.stage}.microbatch_size", self.args.per_device_train_batch_size, self._say)
+    def __init__(self, *args: Any, shards: Shards | None = None, **kwargs: Any) -> None:
+        self.world, self.shards = World(), shards
+        with unknown_to_libraries():
+            super().__init__(*args, **kwargs)
+        size = self.args.per_device_train_batch_size
+        self._budget = MemoryBudget(f"{self.stage}.microbatch_size", size, self._say, alone=shards is None)
         self._losses: list[Tensor] = []  # of this step's microbatches
         self._loss_sum, self._loss_steps = 0.0, 0  # since the last line of metrics
         self._best: dict[str, Tensor] = {}
@@ -67,15 +74,27 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     # -- steps
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Where the base is shared out, the wrapper of data parallelism that sees the adapters alone.
+
+        Accelerate would refuse to put it around a base in shares.
+        """
+        if self.shards is None or not training or isinstance(model, DistributedDataParallel):
+            return cast(nn.Module, super()._wrap_model(model, training, dataloader))
+        stand_still = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        cast(Any, model)._ddp_params_and_buffers_to_ignore = stand_still + [name for name, _ in model.named_buffers()]
+        return DistributedDataParallel(model)
+
     def training_step(self, model: nn.Module, inputs: Microbatch, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a microbatch, in parts where it does not fit; checks the step's last one.
 
         Processes that hold the whole model work without each other until the step's gradients are complete, so that
-        one of them can run out of memory and try again while the others wait.
+        one of them can run out of memory and try again while the others wait. Where the base is shared out, every
+        layer takes all processes, and lack of memory in one ends the stage.
 
         Raises:
             DivergenceError: a loss or the gradient of the step is not finite.
-            OutOfMemoryError: not even one row fits.
+            OutOfMemoryError: not even one row fits; or a microbatch does not, where the base is shared out.
             Interrupted: the stage was asked to stop between two microbatches; a checkpoint has been written.
         """
         if self.world.size == 1 and requested():
@@ -236,7 +255,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             )
         mine = processes[self.world.rank % len(processes)]
         self._loss_sum, self._loss_steps = mine["loss"]
-        self._budget.size = min(self._budget.size, mine["microbatch_size"])
+        if self.shards is None:  # or a process would make more passes than the others
+            self._budget.size = min(self._budget.size, mine["microbatch_size"])
         self._restore_figures(mine)
         self._after_step = mine
 

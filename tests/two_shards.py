@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import loaded_tiny_base
 from tiny_ppo import add_made_up
 from torch import Tensor
@@ -141,6 +141,18 @@ def stage(folder: Path, name: str, *, stop: bool = False) -> None:
         interruption.withdraw()
     finally:
         Updater._step = step  # type: ignore[method-assign]
+
+
+def require_same_adapters(one: Path, two: Path) -> None:
+    """Fail unless two results of PPO have the same tensors, except for rounding."""
+    files = [path.relative_to(one) for path in sorted(one.rglob("*.safetensors"))]
+    assert len(files) >= 2
+    for file in files:
+        ours, theirs = load_file(one / file), load_file(two / file)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            # As for two processes with the whole base: see test_processes.py.
+            assert torch.allclose(ours[name], theirs[name], rtol=0, atol=3e-7), (file, name)
 
 
 def main(folder: Path) -> None:

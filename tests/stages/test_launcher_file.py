@@ -115,21 +115,53 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_what_the_stages_cannot_do_is_refused_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, *[80] * 8)
-    with pytest.raises(ConfigError, match="it asks for FSDP, which sft cannot do"):
-        require_launchable(config(processes=8, strategy="fsdp"), ["sft", "ppo"])
-    for name in ("fsdp2", "deepspeed_zero2", "deepspeed_zero3"):
-        with pytest.raises(ConfigError, match=rf"{name}\.yaml: it asks for {name.removesuffix('2').upper()[:4]}"):
+    for name in ("deepspeed_zero2", "deepspeed_zero3"):
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml: it asks for {name.upper()}, which sft cannot do"):
             require_launchable(config(accelerate_config=str(ROOT / f"configs/accelerate/{name}.yaml")), ["sft"])
+    for launch in (
+        {"processes": 8, "strategy": "fsdp"},
+        {"accelerate_config": str(ROOT / "configs/accelerate/fsdp2.yaml")},
+        {"accelerate_config": str(ROOT / "configs/accelerate/fsdp2_offload.yaml")},
+    ):
+        assert require_launchable(config(**launch), STAGES).kind == "fsdp"
     monkeypatch.setitem(module.ABLE, "fsdp", frozenset({"sft"}))  # type: ignore[index]
+    monkeypatch.setitem(module._WHY_NOT, "fsdp", "of a reason")  # type: ignore[index]
     assert require_launchable(config(processes=8, strategy="fsdp"), ["sft"]).kind == "fsdp"
-    with pytest.raises(ConfigError, match="which ppo cannot do"):
+    with pytest.raises(ConfigError, match="which ppo cannot do: of a reason"):
         require_launchable(config(processes=8, strategy="fsdp"), ["sft", "ppo"])
+
+
+@pytest.mark.parametrize(
+    ("base", "fault"),
+    [
+        ({"quantization": "int8"}, "launch.strategy is 'fsdp', which shards no integers"),
+        ({"quant_storage": "uint8"}, "base.quant_storage is 'uint8', which FSDP leaves whole on every GPU"),
+    ],
+)
+def test_weights_that_fsdp_cannot_share_out_are_refused_whoever_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: dict[str, Any], fault: str
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2}\n")
+    tree = config(accelerate_config=str(own)).model_dump(exclude_unset=True)
+    tree["base"] |= base
+    by_file = PipelineConfig.model_validate(tree)
+    assert not list(by_file.contradictions())
+    with pytest.raises(ConfigError, match=f"own.yaml: with 2 processes under FSDP: {fault}"):
+        require_launchable(by_file, STAGES)
+    tree["launch"] = {"processes": 2, "strategy": "fsdp"}
+    assert fault in "".join(PipelineConfig.model_validate(tree).contradictions())
+    tree["launch"] = {"processes": 2}
+    with_gpus(monkeypatch, 24, 24)
+    monkeypatch.setattr(module, "choose_strategy", lambda *_: ("fsdp", "said so"))
+    with pytest.raises(ConfigError, match=f"launch: with 2 processes under FSDP: {fault}"):
+        require_launchable(PipelineConfig.model_validate(tree), STAGES)
 
 
 def test_a_batch_that_the_files_processes_cannot_share_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
     loaded = tiny_config(tmp_path, "launch.accelerate_config=mine.yaml")
-    with pytest.raises(ConfigError, match=r"mine\.yaml: the file starts 3 processes: sft\.batch_size is 4"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml: with 3 processes under DDP: sft\.batch_size is 4"):
         require_launchable(loaded.config, STAGES)
 
 

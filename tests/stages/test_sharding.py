@@ -106,30 +106,19 @@ def alone(folder, name, kind):
     return RunDirectory.find(loaded).stage("ppo"), rounds
 
 
-def require_same_adapters(one, two):
-    files = [path.relative_to(one) for path in sorted(one.rglob("*.safetensors"))]
-    assert len(files) >= 2
-    for file in files:
-        ours, theirs = load_file(one / file), load_file(two / file)
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            # As for two processes with the whole base: see test_processes.py.
-            assert torch.allclose(ours[name], theirs[name], rtol=0, atol=3e-7), (file, name)
-
-
 @pytest.mark.parametrize("name", list(two_shards.RUNS))
 def test_a_run_on_a_shared_out_base_gives_the_adapters_of_one_process(folder, name):
     one, rounds = alone(folder, name, "alone")
     first, second = (json.loads((folder / f"rounds-{name}-{rank}.json").read_text()) for rank in (0, 1))
     assert rounds == [first[0] + second[0], first[1] + second[1]]
-    require_same_adapters(one, folder / name / "run" / "ppo")
+    two_shards.require_same_adapters(one, folder / name / "run" / "ppo")
 
 
 def test_a_run_that_two_processes_began_is_ended_by_one(folder):
     assert all((folder / f"stopped-{rank}").exists() for rank in (0, 1))
     one, rounds = alone(folder, "in_step", "stopped")
     assert len(rounds) == 1  # the first of two iterations is not done again
-    require_same_adapters(one, folder / "in_step" / "run" / "ppo")
+    two_shards.require_same_adapters(one, folder / "in_step" / "run" / "ppo")
 
 
 def test_lack_of_memory_amid_common_work_is_an_error_with_the_size_to_set():
