@@ -24,6 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from pipeline.config import BaseSettings
 from pipeline.distributed import World
 from pipeline.errors import BaseModelError, ConfigError
 from pipeline.merged_model import device_memory_bytes
@@ -36,9 +37,24 @@ _ASKED = "ACCELERATE_USE_FSDP"
 """What Accelerate's launcher asks for FSDP by."""
 
 
-def asked_to_share_out(world: World) -> bool:
-    """Whether the launcher asks for FSDP, and there is someone to share the base with."""
-    return world.size > 1 and _switch(_ASKED)
+def sharers(world: World, base: BaseSettings) -> World | None:
+    """The processes that are to share out the base: all, where the launcher asks for FSDP and there are several.
+
+    Call it before the base is loaded.
+
+    Raises:
+        ConfigError: the base's weights are such as FSDP does not share out.
+    """
+    if world.size == 1 or not _switch(_ASKED):
+        return None
+    if base.quantization == "int8" or (base.quantization == "nf4" and base.quant_storage == "uint8"):
+        key = "quantization" if base.quantization == "int8" else "quant_storage"
+        raise ConfigError(
+            f"the launcher asks for FSDP, which shares out no integers, and base.{key} is '{getattr(base, key)}'",
+            where=f"base.{key}",
+            remedy=f"Set base.{key}={'nf4' if key == 'quantization' else 'auto'}, or start the stage without FSDP.",
+        )
+    return world
 
 
 @contextmanager
@@ -72,7 +88,6 @@ class Shards:
 
     Raises:
         BaseModelError: it is not known which modules are the architecture's layers.
-        ConfigError: the weights are such as cannot be shared out.
     """
 
     def __init__(self, model: PreTrainedModel, trunk: nn.Module, world: World) -> None:
@@ -181,14 +196,9 @@ def _keep_quantization_constants(layer: nn.Module) -> dict[nn.Module, dict[str, 
     """
     found: dict[nn.Module, dict[str, Any]] = {}
     for module in layer.modules():
+        assert not isinstance(module, bitsandbytes.nn.Linear8bitLt), "integers cannot be shared out: see `sharers`"
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight = cast(Any, module.weight)
             module.quant_state = weight.quant_state
             found[module] = {name: getattr(weight, name) for name in ("compress_statistics", "quant_type")}
-        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            raise ConfigError(
-                "FSDP cannot share out weights of base.quantization=int8",
-                where="launch.strategy=fsdp",
-                remedy="Set base.quantization=nf4, or launch.strategy=ddp.",
-            )
     return found

@@ -36,7 +36,7 @@ from pipeline.rewards import Calibration, RewardFunction
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory, write_json
 from pipeline.scoring import Episode, require_finite, score_logprobs, score_rewards
-from pipeline.sharding import asked_to_share_out
+from pipeline.sharding import sharers
 from pipeline.statistics import mean_interval, win_rate
 from stages.command import stage_main
 from stages.experience import Budgets
@@ -87,9 +87,10 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     require_fitting_parents("evaluate", config, run, base_identity(config.base, chat, world.device))
 
     # Adapters.
+    share_out_to = sharers(world, config.base)
     base = load_base(config.base, world.device)
     base_before = fingerprint(base.model)
-    roles = Roles(base, share_out_to=world if asked_to_share_out(world) else None)
+    roles = Roles(base, share_out_to=share_out_to)
     roles.add_from("reference", run.stage("sft"))
     roles.add_from("policy", run.stage("ppo"))
     reward_manifest = roles.add_from("reward", run.stage("reward")) if config.trains_reward_model else None

@@ -52,7 +52,7 @@ from pipeline.registry import Registry
 from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
-from pipeline.sharding import asked_to_share_out
+from pipeline.sharding import sharers
 from stages.command import stage_main
 from stages.experience import Budgets, collect, reward_model_scores, sample, sampling_settings
 from stages.gates import check_reward_round_trip, check_startup, require_fitting_parents
@@ -90,9 +90,10 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     require_fitting_parents("ppo", config, run, base_identity(config.base, chat, world.device))
 
     # Adapters: the reference is the SFT adapter, the policy starts as its copy or at the promoted one.
+    share_out_to = sharers(world, config.base)
     base = load_base(config.base, world.device)
     base_before = fingerprint(base.model)
-    roles = Roles(base, share_out_to=world if asked_to_share_out(world) else None)
+    roles = Roles(base, share_out_to=share_out_to)
     sft_digest = roles.add_from("reference", run.stage("sft")).digest
     promoted = Registry(config.registry.folder).stage("ppo") if ppo.start_from == "promoted" else None
     if promoted is None:

@@ -48,7 +48,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.scalar_head import trunk_of
 from pipeline.scored_pairs import HELD_OUT
 from pipeline.scoring import require_finite, score_rewards
-from pipeline.sharding import Shards, asked_to_share_out
+from pipeline.sharding import Shards, sharers
 from pipeline.trl_options import reward_arguments
 from stages.command import stage_main
 from stages.experience import Budgets, sampling_settings
@@ -104,13 +104,13 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     require_fitting_parents("reward", config, run, base_identity(config.base, chat, arguments.device))
 
     # 3. Adapters
-    world = World()
+    share_out_to = sharers(World(), config.base)
     base = load_base(config.base, arguments.device)
     base_before = fingerprint(base.model)
     sft = run.stage("sft")
     seed_everything(config.seed, deterministic=config.deterministic)
     model, _ = reward_model_for_training(base, config.lora, sft if settings.start_from == "sft" else None)
-    shards = Shards(base.model, trunk_of(base.model), world) if asked_to_share_out(world) else None
+    shards = None if share_out_to is None else Shards(base.model, trunk_of(base.model), share_out_to)
     if shards is not None:
         say(shards.sentence)
 
@@ -137,7 +137,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     parts = Parts(
         run.working("reward") / "parts",
         inputs_digest=digest(inputs),
-        world=world,
+        world=World(),
         budgets=budgets,
         in_step=shards is not None,
     )

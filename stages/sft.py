@@ -39,7 +39,7 @@ from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scalar_head import trunk_of
 from pipeline.scoring import LOGIT_CHUNK_TOKENS
-from pipeline.sharding import asked_to_share_out
+from pipeline.sharding import sharers
 from pipeline.trl_options import sft_arguments
 from stages.command import stage_main
 from stages.inputs import stage_inputs
@@ -84,11 +84,11 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     train_rows, held_out_rows = tokenize(chat, split.train), tokenize(chat, split.held_out)
 
     # 3. Adapters
-    world = World()
+    share_out_to = sharers(World(), config.base)
     base = load_base(config.base, arguments.device)
     base_before = fingerprint(base.model)
     seed_everything(config.seed, deterministic=config.deterministic)
-    roles = Roles(base, share_out_to=world if asked_to_share_out(world) else None)
+    roles = Roles(base, share_out_to=share_out_to)
     roles.add_fresh("policy", config.lora)
     roles.set_trainable("policy")
     if roles.shards is not None:

@@ -15,12 +15,13 @@ from tiny_models import tiny_config
 from tiny_ppo import publish_reward, publish_sft
 
 from pipeline.base_model import fingerprint
+from pipeline.config import BaseSettings
 from pipeline.distributed import World
 from pipeline.errors import ConfigError, OutOfMemoryError
 from pipeline.memory_budget import MemoryBudget
 from pipeline.run_directory import RunDirectory
-from pipeline.sharding import asked_to_share_out
-from stages import ppo
+from pipeline.sharding import sharers
+from stages import evaluate, ppo, reward, sft
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +133,34 @@ def test_lack_of_memory_amid_common_work_is_an_error_with_the_size_to_set():
     assert "ppo.microbatch_tokens=1500" in caught.value.remedy
 
 
-def test_shares_in_main_memory_are_refused(monkeypatch):
+def test_integers_are_refused_before_they_are_loaded(monkeypatch, tmp_path):
+    """Whatever the launcher was: the stages ask for themselves."""
+    int8, packed, floating = (
+        BaseSettings.model_validate({"model": str(tmp_path / "nothing-there"), **settings})
+        for settings in ({"quantization": "int8"}, {"quant_storage": "uint8"}, {})
+    )
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert sharers(World(), int8) is None  # one process
     monkeypatch.setattr(World, "size", 2)
-    assert asked_to_share_out(World())
-    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
-    with pytest.raises(ConfigError, match="main memory"):
-        asked_to_share_out(World())
+    world = World()
+    assert sharers(world, floating) is world
+    with pytest.raises(ConfigError, match=r"base\.quantization is 'int8'"):
+        sharers(world, int8)
+    with pytest.raises(ConfigError, match=r"base\.quant_storage is 'uint8'"):
+        sharers(world, packed)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert sharers(world, int8) is None
+
+
+@pytest.mark.parametrize("stage", [sft, reward, ppo, evaluate])
+def test_every_stage_asks_before_it_loads_the_base(monkeypatch, tmp_path, stage):
+    def refuse(*_):
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(stage, "sharers", refuse)
+    monkeypatch.setattr(stage, "load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(stage, "require_fitting_parents", lambda *_: None, raising=False)
+    monkeypatch.setattr(stage, "stage_inputs", lambda *_: {})
+    loaded = tiny_config(tmp_path)
+    with pytest.raises(ConfigError, match="asked"):
+        stage.run(loaded, RunDirectory.open(loaded))
