@@ -31,6 +31,8 @@ TRL_TILE_TOKENS, TRL_TILE_VOCABULARY = 4096, 32_768
 """The tile of logits that TRL's fused loss keeps on a GPU."""
 MERGED_SHARE = 0.25
 """As in `pipeline.merged_model`, which imports torch: a test compares the two."""
+GATHERED_SHARE = 0.5
+"""As in `pipeline.sharding`, likewise."""
 CONTEXT_BYTES = 640 * 2**20
 """What CUDA, cuBLAS and bitsandbytes take of a card beside torch's tensors."""
 FRAGMENTATION = 0.05
@@ -276,11 +278,20 @@ class _Reckoning:
         """Parameters of one adapter."""
         return self.shape.adapter_parameters(self.config.lora.rank, self.targets)
 
+    @property
+    def layers(self) -> int:
+        """Bytes of all layers' weights."""
+        return weight_bytes(self.shape.linear_parameters, self.quantization, self.b)
+
+    @property
+    def share(self) -> int:
+        """Bytes of a process's share of them."""
+        return self.layers // (self.device.processes if self.device.sharding == "fsdp" else 1)
+
     def static(self, adapters: int, trainable: int, optimizer: str, *, gradients: int) -> dict[str, int]:
         """Base, adapters, gradients and optimizer.
 
-        Under FSDP each process holds 1/N of all parameters and of what belongs to the trainable ones, but all
-        quantization constants, which are no parameters.
+        Under FSDP each process holds 1/N of the weights of the layers, and all of the rest: see `pipeline.sharding`.
 
         Args:
             adapters: how many there are; each is in float32.
@@ -288,19 +299,15 @@ class _Reckoning:
             gradients: how many copies of the gradients are alive at once.
         """
         shape, base = self.shape, self.config.base
-        share = self.device.processes if self.device.sharding == "fsdp" else 1
-        copies = gradients + (1 if self.device.sharding == "ddp" and trainable else 0)
-        on_device = 0 if self.device.offload else 1
+        copies = gradients + (1 if self.device.sharding != "none" and trainable else 0)
         parts = {
-            "quantized weights" if self.quantization != "none" else "weights": on_device
-            * weight_bytes(shape.linear_parameters, self.quantization, self.b)
-            // share,
+            "quantized weights" if self.quantization != "none" else "weights": 0 if self.device.offload else self.share,
             "quantization constants": constant_bytes(shape, self.quantization, double=base.double_quantization),
-            "embeddings and head": on_device * self.b * (shape.embedding_parameters + shape.other_parameters) // share,
-            "adapters": on_device * 4 * adapters * self.adapter // share,
-            "gradients": on_device * 4 * copies * trainable // share,
-            "optimizer": on_device * optimizer_bytes(trainable, optimizer) // share,
-            "FSDP buffers": self.fsdp_buffers(adapters, trainable),
+            "embeddings and head": self.b * (shape.embedding_parameters + shape.other_parameters),
+            "adapters": 4 * adapters * self.adapter,
+            "gradients": 4 * copies * trainable,
+            "optimizer": optimizer_bytes(trainable, optimizer),
+            "FSDP buffers": self.fsdp_buffers(),
             "mapped file": self.mapped_file(),
         }
         return {name: size for name, size in parts.items() if size}
@@ -321,7 +328,7 @@ class _Reckoning:
         """Reading the weights.
 
         On a CPU the whole file is mapped. On a GPU one matrix comes before it is quantized; under FSDP the whole
-        quantized base does, since Accelerate shares weights of 4 bits out only once they are on each GPU.
+        base does, since each process loads and quantizes all of it before it keeps its share.
         """
         shape, device = self.shape, self.device
         if not device.is_gpu:
@@ -329,42 +336,22 @@ class _Reckoning:
             return Moment("loading", {"mapped file": whole}, only_base=True)
         parts = {"a weight before it is quantized": self.largest_matrix()}
         if device.sharding == "fsdp":
-            whole = weight_bytes(shape.linear_parameters, self.quantization, self.b)
-            whole += self.b * (shape.embedding_parameters + shape.other_parameters)
-            parts["the base before it is shared"] = whole if device.offload else whole - whole // device.processes
+            parts["the base before it is shared"] = self.layers - (0 if device.offload else self.share)
         return Moment("loading", parts, only_base=True)
 
-    def host(self, adapters: int, trainable: int, optimizer: str, *, gradients: int) -> int:
-        """Main memory of what FSDP offloads, a process."""
-        if not self.device.offload:
-            return 0
-        shape = self.shape
-        whole = (
-            weight_bytes(shape.linear_parameters, self.quantization, self.b)
-            + self.b * (shape.embedding_parameters + shape.other_parameters)
-            + 4 * adapters * self.adapter
-            + 4 * gradients * trainable
-            + optimizer_bytes(trainable, optimizer)
-        )
-        return whole // self.device.processes
+    @property
+    def host(self) -> int:
+        """Main memory of the share that FSDP offloads, a process."""
+        return self.share if self.device.offload else 0
 
-    def fsdp_buffers(self, adapters: int, trainable: int) -> int:
-        """What FSDP2 gathers: whole layers in use, and the units around them.
+    def fsdp_buffers(self) -> int:
+        """What FSDP2 gathers: the layer in use, and the flat buffer that it arrives in.
 
-        Two layers (the next one is gathered while this one works) and the flat buffer that one arrives in; all layers
-        where they are not resharded after the forward pass. The embedding, and the head with the last norm, which is
-        never resharded. The flat gradients of a layer on their way out, in float32.
+        All layers where they are not resharded after the forward pass. Frozen, they send no gradients out.
         """
         if self.device.sharding != "fsdp":
             return 0
-        shape = self.shape
-        layer = (
-            weight_bytes(shape.linear_parameters, self.quantization, self.b)
-            + self.b * shape.other_parameters
-            + 4 * adapters * self.adapter
-        ) // shape.layers
-        whole = 3 if self.device.reshard else shape.layers + 1
-        return whole * layer + self.b * shape.embedding_parameters + 4 * trainable // shape.layers
+        return (2 if self.device.reshard else self.shape.layers + 1) * (self.layers // self.shape.layers)
 
     def largest_matrix(self) -> int:
         """The largest weight as it is multiplied with: quantized ones are unpacked, b x inputs x outputs."""
@@ -427,17 +414,17 @@ class _Reckoning:
         return Moment(name, {key: size for key, size in parts.items() if size})
 
     def merged_copy(self) -> int:
-        """The copy of the base in its arithmetic that `ppo.rollout.weights` samples from, b P; 0 where it does not.
-
-        FSDP holds no whole weights to merge into.
-        """
+        """The copy of the base in its arithmetic that `ppo.rollout.weights` samples from, b P; 0 where it does not."""
         weights, shape = self.config.ppo.rollout.weights, self.shape
         chosen = [sides for name, sides in shape.linears.items() if self.targets is None or name in self.targets]
         size = self.b * shape.layers * sum(inputs * outputs for inputs, outputs in chosen)
         small = size <= MERGED_SHARE * self.device.memory_bytes
-        if self.device.sharding == "fsdp" or weights == "adapter" or (weights == "auto" and not small):
-            return 0
-        return size
+        return 0 if weights == "adapter" or (weights == "auto" and not small) else size
+
+    def gathered(self) -> int:
+        """All layers, which a process gathers to sample under FSDP where it merges no copy and they are small."""
+        small = self.layers <= GATHERED_SHARE * self.device.memory_bytes
+        return self.layers if self.device.sharding == "fsdp" and small and not self.merged_copy() else 0
 
     def sampling(self, name: str, responses: int, prompt: int, new: int) -> tuple[Moment, ...]:
         """A batch of answers: the merged copy, if there is one, the pass over the prompts, and the last tokens."""
@@ -445,25 +432,31 @@ class _Reckoning:
         cache = kv_cache_bytes(shape, responses, prompt, self.b)
         whole = kv_cache_bytes(shape, responses, prompt + new, self.b)
         logits = sampling_bytes(shape, responses, self.b)
-        copy = self.merged_copy()
+        copy, gathered = self.merged_copy(), self.gathered()
         prefill = self.inference(f"{name}: prompts", responses, prompt, merged=copy > 0).parts["activations"]
         unpacked = 0 if copy else self.largest_matrix()
         merging = max(merging_bytes(*sides, self.b) for sides in shape.linears.values()) if copy else 0
         return (
             Moment(f"{name}: merging", {"merged copy": copy, "activations": merging}),
-            Moment(f"{name}: prompts", {"merged copy": copy, "KV cache": cache, "activations": prefill}),
+            Moment(
+                f"{name}: prompts",
+                {"merged copy": copy, "gathered layers": gathered, "KV cache": cache, "activations": prefill},
+            ),
             Moment(
                 f"{name}: last tokens",
-                {"merged copy": copy, "KV cache": whole, "logits": logits, "activations": unpacked},
+                {
+                    "merged copy": copy,
+                    "gathered layers": gathered,
+                    "KV cache": whole,
+                    "logits": logits,
+                    "activations": unpacked,
+                },
             ),
         )
 
     def step(self, trainable: int) -> Moment:
         """The optimizer's own temporaries: on a GPU one tensor as large as all trainable parameters."""
-        share = self.device.processes if self.device.sharding == "fsdp" else 1
-        return Moment(
-            "optimizer step", {"optimizer's temporaries": 4 * trainable // share if self.device.is_gpu else 0}
-        )
+        return Moment("optimizer step", {"optimizer's temporaries": 4 * trainable if self.device.is_gpu else 0})
 
     # -- a plan each
 
@@ -514,7 +507,7 @@ class _Reckoning:
             stage,
             self.static(adapters, trainable, optimizer, gradients=gradients),
             tuple(moments),
-            self.host(adapters, trainable, optimizer, gradients=gradients),
+            self.host,
         )
 
     def ppo(self) -> StagePlan:
@@ -546,7 +539,7 @@ class _Reckoning:
             "ppo",
             self.static(adapters, trainable, "adamw", gradients=1),
             moments,
-            self.host(adapters, trainable, "adamw", gradients=1),
+            self.host,
         )
 
     def evaluation(self) -> StagePlan:
@@ -561,7 +554,7 @@ class _Reckoning:
             self.inference("scoring", scored, prompt + new, logits=scored * new),
         )
         adapters = 2 + config.trains_reward_model
-        return StagePlan("evaluate", self.static(adapters, 0, "", gradients=0), moments)
+        return StagePlan("evaluate", self.static(adapters, 0, "", gradients=0), moments, self.host)
 
 
 def plan_stages(config: PipelineConfig, shape: ModelShape, device: Device) -> dict[StageName, StagePlan]:

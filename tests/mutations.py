@@ -36,6 +36,7 @@ SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
 )
 REPORT, RUN_STATE = "tests/flows/test_report.py", "tests/pipeline/test_run_state.py"
 JUDGE = "tests/stages/test_judge_pairs.py"
+SHARDED = "tests/stages/test_sharded_stages.py"
 
 
 @dataclass(frozen=True)
@@ -369,15 +370,15 @@ TABLE = (
     Mutation(
         "sharding: layers that were gathered to sample stay gathered",
         "pipeline/sharding.py",
-        "                layer.reshard()\n",
-        "",
+        "            self.give_up()\n\n    def give_up",
+        "            pass\n\n    def give_up",
         ("tests/stages/test_sharding.py::test_a_process_holds_its_part_of_every_layer",),
     ),
     Mutation(
         "sharding: the base is not shared out",
         "pipeline/sharding.py",
-        "            fully_shard(layer,",
-        "            (lambda *_, **__: None)(layer,",
+        "            fully_shard(\n",
+        "            (lambda *_, **__: None)(\n",
         ("tests/stages/test_sharding.py::test_a_process_holds_its_part_of_every_layer",),
     ),
     Mutation(
@@ -400,6 +401,51 @@ TABLE = (
         "if not self._alone:",
         "if False:",
         ("tests/stages/test_sharding.py::test_lack_of_memory_amid_common_work_is_an_error_with_the_size_to_set",),
+    ),
+    Mutation(
+        "sharding: integers are loaded to be shared out",
+        "pipeline/sharding.py",
+        'if base.quantization == "int8" or (base.quantization == "nf4" and base.quant_storage == "uint8"):',
+        "if False:",
+        ("tests/stages/test_sharding.py::test_integers_are_refused_before_they_are_loaded",),
+    ),
+    Mutation(
+        "sharding: a launcher file may share out what FSDP cannot",
+        "stages/launcher_file.py",
+        "    if faults:\n",
+        "    if False:\n",
+        (
+            "tests/stages/test_launcher_file.py::"
+            "test_weights_that_fsdp_cannot_share_out_are_refused_whoever_asks_for_it",
+        ),
+    ),
+    Mutation(
+        "sharding: SFT keeps the whole base",
+        "stages/sft.py",
+        "roles = Roles(base, share_out_to=share_out_to)",
+        "roles = Roles(base)",
+        (f"{SHARDED}::test_the_base_is_shared_out_where_the_launcher_asks_for_it",),
+    ),
+    Mutation(
+        "sharding: the trainer leaves each process's gradient to itself",
+        "stages/trl_trainer.py",
+        "            if replicated:\n                self.world.sum_gradients(learning)",
+        "            if replicated:\n                pass",
+        (f"{SHARDED}::test_two_processes_train_the_adapter_that_one_trains",),
+    ),
+    Mutation(
+        "sharding: a process with fewer held-out rows makes fewer passes",
+        "stages/sft.py",
+        "if roles.shards is not None and len(mine) <",
+        "if roles.shards is None and len(mine) <",
+        (f"{SHARDED}::test_two_processes_measure_what_one_measures",),
+    ),
+    Mutation(
+        "sharding: a process with a smaller batch does less than the others wait for",
+        "stages/parts.py",
+        "items = list(islice(cycle(own or batches[0]), max(map(len, batches))))",
+        "items = list(islice(own or batches[0], max(map(len, batches))))",
+        (f"{SHARDED}::test_parts_that_take_all_processes_are_made_in_step",),
     ),
     Mutation(
         "gradients are not summed over processes",
@@ -957,7 +1003,7 @@ TABLE = (
     Mutation(
         "what an interrupted evaluation has done is done again",
         "stages/parts.py",
-        '                return found["part"]',
+        '                return {"part": found["part"]}',
         "                pass",
         (f"{EVALUATE}::test_an_evaluation_that_is_killed_does_nothing_twice",),
     ),
@@ -1347,8 +1393,8 @@ TABLE = (
     Mutation(
         "stages are started sharded that cannot be",
         "stages/launcher_file.py",
-        '"fsdp": frozenset({"ppo"}),',
-        '"fsdp": frozenset(STAGES),',
+        "    if unable:\n",
+        "    if False:\n",
         ("tests/stages/test_launcher_file.py::test_what_the_stages_cannot_do_is_refused_in_one_place",),
     ),
     Mutation(

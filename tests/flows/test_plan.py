@@ -14,6 +14,7 @@ from tiny_models import tiny_base
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from pipeline.run_directory import STAGES
 
 ROOT = Path(__file__).parents[2]
 NAMED = ("one_gpu_8b", "one_gpu_70b", "fsdp_8_gpus", "two_nodes")
@@ -79,7 +80,7 @@ def test_an_own_launcher_file_decides() -> None:
     path = ROOT / "configs/accelerate/fsdp2.yaml"
     options = ["sft.microbatch_size=1", "reward.microbatch_size=1", f"launch.accelerate_config={path}", "--json"]
     plan = json.loads(trivet("plan", ROOT / "configs/one_gpu_8b.yaml", *options).stdout)
-    assert plan["strategy"] == "fsdp" and plan["able"] == ["ppo"]
+    assert plan["strategy"] == "fsdp" and plan["able"] == list(STAGES)
     assert plan["stages"]["sft"]["at"] == "loading"
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pipeline.merged_model
 import pipeline.scoring
+import pipeline.sharding
 from pipeline.base_model import _quantization_constants, load_base
 from pipeline.cards import CARDS, Card
 from pipeline.config import BaseSettings, LoraSettings, PipelineConfig
@@ -21,6 +22,7 @@ from pipeline.logprobs import token_logprobs
 from pipeline.memory_plan import (
     CONTEXT_BYTES,
     FRAGMENTATION,
+    GATHERED_SHARE,
     LOGIT_CHUNK_TOKENS,
     MERGED_SHARE,
     Device,
@@ -177,6 +179,7 @@ def test_the_logits_of_a_chunk_need_what_the_formula_says(dtype: torch.dtype, en
 
 def test_constants_are_the_stages_own() -> None:
     assert pipeline.merged_model.SHARE_OF_MEMORY == MERGED_SHARE
+    assert pipeline.sharding.SHARE_OF_MEMORY == GATHERED_SHARE
     assert pipeline.scoring.LOGIT_CHUNK_TOKENS == LOGIT_CHUNK_TOKENS
 
 
@@ -240,21 +243,37 @@ def test_less_is_less() -> None:
     assert plans(config(ppo={"critic": "head"}))["ppo"].tensor_bytes < base["ppo"].tensor_bytes
 
 
-def test_fsdp_shares_everything_but_the_constants() -> None:
+def test_fsdp_shares_the_layers_and_nothing_else() -> None:
     alone, shared = plans(config())["ppo"], plans(config(), processes=8, sharding="fsdp")["ppo"]
-    for part in ("quantized weights", "embeddings and head", "adapters", "gradients", "optimizer"):
-        assert shared.static[part] == alone.static[part] // 8
-    assert shared.static["quantization constants"] == alone.static["quantization constants"]
+    assert shared.static["quantized weights"] == alone.static["quantized weights"] // 8
+    for part in ("quantization constants", "embeddings and head", "adapters", "optimizer"):
+        assert shared.static[part] == alone.static[part]
+    assert shared.host_bytes == 0
     offloaded = plans(config(), processes=8, sharding="fsdp", offload=True)["ppo"]
     assert "quantized weights" not in offloaded.static
-    assert offloaded.host_bytes == pytest.approx(
-        sum(size for name, size in shared.static.items() if name not in ("FSDP buffers", "quantization constants")),
-        rel=0.001,
-    )
+    assert offloaded.host_bytes == shared.static["quantized weights"]
+    # The layer in use and the buffer that it arrives in; without resharding all 32 and the buffer.
     never = plans(config(), processes=8, sharding="fsdp", reshard=False)["ppo"]
-    # Two of the three layers' worth become all 32.
-    layer = (never.static["FSDP buffers"] - shared.static["FSDP buffers"]) / 30
-    assert layer == pytest.approx((alone.static["quantized weights"] + alone.static["adapters"]) / 32, rel=0.01)
+    layer = alone.static["quantized weights"] // 32
+    assert (shared.static["FSDP buffers"], never.static["FSDP buffers"]) == (2 * layer, 33 * layer)
+
+
+def test_a_base_that_is_shared_out_is_gathered_to_sample_where_it_is_small_beside_the_card() -> None:
+    for settings, memory, gathered, merged in (
+        (config(ppo={"rollout": {"weights": "adapter"}}), 24 * 2**30, True, False),
+        (config(ppo={"rollout": {"weights": "adapter"}}), 6 * 2**30, False, False),
+        (config(ppo={"rollout": {"weights": "merged"}}), 24 * 2**30, False, True),
+    ):
+        plan = plans(settings, processes=8, sharding="fsdp", memory_bytes=memory)["ppo"]
+        (tokens,) = [moment for moment in plan.moments if moment.name == "sampling: last tokens"]
+        assert (tokens.parts["gathered layers"] > 0, tokens.parts["merged copy"] > 0) == (gathered, merged)
+    whole = plans(config())["ppo"].static["quantized weights"]
+    assert (
+        plans(config(ppo={"rollout": {"weights": "adapter"}}), processes=8, sharding="fsdp", memory_bytes=2**40)[
+            "evaluate"
+        ].parts["gathered layers"]
+        == whole
+    )
 
 
 def test_weights_of_four_bits_are_whole_before_fsdp_shares_them() -> None:
