@@ -1364,14 +1364,24 @@ TABLE = (
         "the plan shares the quantization constants under FSDP",
         "pipeline/memory_plan.py",
         '"quantization constants": constant_bytes(shape, self.quantization, double=base.double_quantization),',
-        '"quantization constants": constant_bytes(shape, self.quantization, double=base.double_quantization) // share,',
-        ("tests/pipeline/test_memory_plan.py::test_fsdp_shares_everything_but_the_constants",),
+        '"quantization constants": constant_bytes(shape, self.quantization, double=base.double_quantization) // 8,',
+        ("tests/pipeline/test_memory_plan.py::test_fsdp_shares_the_layers_and_nothing_else",),
+    ),
+    Mutation(
+        "the plan forgets that layers are gathered to sample",
+        "pipeline/memory_plan.py",
+        'return self.layers if self.device.sharding == "fsdp" and small and not self.merged_copy() else 0',
+        "return 0",
+        (
+            "tests/pipeline/test_memory_plan.py::"
+            "test_a_base_that_is_shared_out_is_gathered_to_sample_where_it_is_small_beside_the_card",
+        ),
     ),
     Mutation(
         "the plan forgets that FSDP loads the whole base first",
         "pipeline/memory_plan.py",
-        'if device.sharding == "fsdp":\n            whole = weight_bytes',
-        "if False:\n            whole = weight_bytes",
+        'if device.sharding == "fsdp":\n            parts[',
+        "if False:\n            parts[",
         ("tests/pipeline/test_memory_plan.py::test_weights_of_four_bits_are_whole_before_fsdp_shares_them",),
     ),
     Mutation(
