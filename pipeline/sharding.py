@@ -72,8 +72,8 @@ def unknown_to_libraries() -> Iterator[None]:
             os.environ[_ASKED] = asked
 
 
-def _switch(variable: str, default: str = "false") -> bool:
-    return os.environ.get(variable, default).lower() in ("1", "true")
+def _switch(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
 
 
 class Shards:
@@ -92,7 +92,8 @@ class Shards:
 
     def __init__(self, model: PreTrainedModel, trunk: nn.Module, world: World) -> None:
         self._world = world
-        self._reshard = _switch("FSDP_RESHARD_AFTER_FORWARD", "true")
+        # A launcher file may use the word that FSDP1 had for it.
+        self._reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("1", "true", "full_shard")
         kinds = set(model._no_split_modules or ())
         layers = [module for module in trunk.modules() if type(module).__name__ in kinds]
         if not layers:

@@ -38,6 +38,7 @@ WORKS = {
     "fsdp-nf4": ("nf4", True, ("sft", "reward", "ppo", "evaluate")),
     "ddp-nf4": ("nf4", False, ("sft", "reward", "ppo", "evaluate")),
     "offload-nf4": ("nf4", True, ("reward",)),
+    "kept-nf4": ("nf4", True, ("reward",)),
 }
 """What two processes do: over which base, whether they share it out, and which stages.
 
@@ -75,7 +76,8 @@ def shared_out(kind: str) -> Iterator[list[Shards]]:
         own(self, *args, **named)
         made.append(self)
 
-    variables = {**VARIABLES, "FSDP_OFFLOAD_PARAMS": str(kind.startswith("offload")).lower()}
+    switches = {"FSDP_OFFLOAD_PARAMS": kind.startswith("offload"), "FSDP_RESHARD_AFTER_FORWARD": "kept" not in kind}
+    variables = VARIABLES | {name: str(on).lower() for name, on in switches.items()}
     Shards.__init__ = noted  # type: ignore[method-assign]
     # With 4-bit weights, rollouts go token by token; without, the whole base is gathered for them.
     share, sharding.SHARE_OF_MEMORY = sharding.SHARE_OF_MEMORY, 0.0 if kind.endswith("nf4") else 0.5
