@@ -38,6 +38,8 @@ def with_launcher_file(config: PipelineConfig) -> PipelineConfig:
             "processes": launcher.processes,
             "machines": launcher.machines,
             "strategy": strategy if launcher.world_size > 1 else "auto",
+            "cpu_offload": launcher.offload,
+            "reshard_after_forward": launcher.reshard,
         }
     )
     return config.model_copy(update={"launch": launch})

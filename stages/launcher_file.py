@@ -45,12 +45,17 @@ _MAKE_ONE = "Make one with `accelerate config --config_file FILE`, or take one o
 
 @dataclass(frozen=True)
 class Launcher:
-    """How processes start: on `machines` machines `processes` each, sharing the model as `kind` says."""
+    """How processes start: on `machines` machines `processes` each, sharing the model as `kind` says.
+
+    For FSDP, `offload` keeps shares in main memory, and `reshard` gives a layer up after its forward pass.
+    """
 
     kind: Kind
     processes: int
     machines: int
     where: str
+    offload: bool = False
+    reshard: bool = True
 
     @property
     def world_size(self) -> int:
@@ -108,11 +113,19 @@ def read_launcher_file(path: str | Path) -> Launcher:
         kind = _kind(settings)
         machines = max(1, int(settings.get("num_machines") or 1))
         processes = max(1, int(settings.get("num_processes") or 1)) // machines
+        fsdp = settings.get("fsdp_config") or {}
+        offload = _is_on(fsdp.get("fsdp_offload_params", False))
+        reshard = _is_on(fsdp.get("fsdp_reshard_after_forward", True))
     except (OSError, ValueError, TypeError, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(
             f"it is no Accelerate config: {str(error).splitlines()[0]}", where=where, remedy=_MAKE_ONE
         ) from None
-    return Launcher(kind, max(1, processes), machines, where)
+    return Launcher(kind, max(1, processes), machines, where, offload and kind == "fsdp", reshard or kind != "fsdp")
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a switch is on, written as YAML's own or, of FSDP1, as a word."""
+    return str(value).lower() in ("1", "true", "full_shard")
 
 
 def _kind(settings: Mapping[str, Any]) -> Kind:

@@ -81,7 +81,10 @@ def test_an_own_launcher_file_decides() -> None:
     options = ["sft.microbatch_size=1", "reward.microbatch_size=1", f"launch.accelerate_config={path}", "--json"]
     plan = json.loads(trivet("plan", ROOT / "configs/one_gpu_8b.yaml", *options).stdout)
     assert plan["strategy"] == "fsdp" and plan["able"] == list(STAGES)
-    assert plan["stages"]["sft"]["at"] == "loading"
+    assert plan["stages"]["sft"]["at"] == "loading" and not plan["stages"]["sft"]["host_bytes"]
+    options[-2] = options[-2].replace("fsdp2", "fsdp2_offload")
+    offloaded = json.loads(trivet("plan", ROOT / "configs/one_gpu_8b.yaml", *options).stdout)
+    assert offloaded["stages"]["sft"]["host_bytes"] > 0
 
 
 def test_the_answer_comes_within_seconds_and_without_torch() -> None:

@@ -69,6 +69,19 @@ def test_every_launcher_file_is_one_and_has_no_hyperparameters(path: Path) -> No
     assert not [word for word in ("learning_rate", "batch_size", "max_length", "optimizer") if f"{word}:" in words]
 
 
+def test_a_file_says_where_shares_lie_and_how_long_layers_stay(tmp_path: Path) -> None:
+    def read(**fsdp: Any) -> tuple[bool, bool]:
+        settings = {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": fsdp}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
+        found = read_launcher_file(tmp_path / "own.yaml")
+        return found.offload, found.reshard
+
+    assert read() == (False, True)
+    assert read(fsdp_offload_params=True, fsdp_reshard_after_forward=False) == (True, False)
+    assert read(fsdp_reshard_after_forward="FULL_SHARD") == (False, True)
+    assert read(fsdp_reshard_after_forward="SHARD_GRAD_OP") == (False, False)
+
+
 def test_there_is_a_file_for_each_way() -> None:
     assert {path.stem for path in FILES} == {
         "one_gpu", "ddp", "fsdp2", "fsdp2_offload", "two_nodes", "deepspeed_zero2", "deepspeed_zero3",
