@@ -497,9 +497,9 @@ def _failure(
         return StageProcessError(
             f"the {stage} stage ended with exit code {code}", remedy=whole_log, last_lines=last_lines
         )
+    end = "was killed" if killed else f"ended (exit code {code}) without a word"
     return StageDiedError(
-        f"the {stage} stage's process ended (exit code {code}) without a word,"
-        " as happens when the system kills it for lack of memory",
-        remedy=f"{_LESS_MEMORY[stage]} {whole_log}",
+        f"a process of the {stage} stage {end}, as happens where the system runs out of memory",
+        remedy=f"{_LESS_MEMORY[stage]} The same command goes on from the last checkpoint. {whole_log}",
         last_lines=last_lines,
     )
