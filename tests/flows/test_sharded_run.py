@@ -102,8 +102,7 @@ def test_a_dead_process_ends_the_stage_with_its_cause(tmp_path: Path, stage: Any
     finally:
         process.kill()
     assert process.returncode != 0
-    assert f"the {stage} stage" in said and "killed" in said
-    assert "Traceback" not in said.partition(f"the {stage} stage's")[2], said
+    assert f"a process of the {stage} stage was killed" in said, said
     assert no_process_with(f"XDG_CACHE_HOME={cache}", 10)
     assert not run.stage(stage).exists()
 
