@@ -74,6 +74,11 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     # -- steps
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """The model was loaded where it belongs, which for shares may be main memory."""
+        if self.shards is None:
+            super()._move_model_to_device(model, device)
+
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Where the base is shared out, the wrapper of data parallelism that sees the adapters alone.
 
