@@ -370,7 +370,8 @@ class LaunchSettings(Section):
     """With several processes: `ddp` keeps the whole base on each GPU, `fsdp` (FSDP2) a share of it. `auto`: ddp where
     the stages fit each GPU that way, fsdp otherwise."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """For fsdp: what parameters are gathered in. The base computes in `base.dtype`, adapters stay in float32."""
+    """For fsdp: passed on to Accelerate. Layers are gathered as they are kept, whatever it says: the base computes in
+    `base.dtype`, adapters stay in float32."""
     cpu_offload: bool = False
     """For fsdp: keep each GPU's share in main memory and fetch it layer by layer; slower."""
     reshard_after_forward: bool = True
