@@ -233,6 +233,146 @@ def judge_pairs(
         judge(loaded, pairs, max_length, display)
 
 
+Who = Annotated[
+    list[str] | None,
+    typer.Option("--who", help="base, sft or policy. Default: the policy, or SFT before it is there."),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option("--tokens", min=1, help="Tokens of an answer at the most. Default: as evaluated.", show_default=False),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", min=0, help="0 takes the likeliest. Default: as evaluated.", show_default=False),
+]
+TopP = Annotated[float, typer.Option("--top-p", min=1e-6, max=1, help="Nucleus sampling; 1 is off.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0 is off.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same answers.")]
+System = Annotated[str | None, typer.Option("--system", help="A system turn before the prompt.", show_default=False)]
+
+
+@app.command()
+def chat(
+    folder: Run,
+    who: Annotated[
+        str | None,
+        typer.Option("--who", help="base, sft, policy; both or compare: side by side.", show_default=False),
+    ] = None,
+    system: System = None,
+    tokens: NewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    turns: Annotated[
+        bool | None,
+        typer.Option("--turns/--plain", help="Turns, or one text. Default: as trained.", show_default=False),
+    ] = None,
+) -> None:
+    """Talk with a run's policies in the terminal, one at a time or side by side."""
+    from rich.console import Console
+
+    from flows.chat import ChatSettings, speakers_of
+    from flows.chat import chat as talk
+    from flows.report import run_folder
+    from pipeline.finished_run import open_run
+
+    if who is not None:
+        speakers_of(who)
+    found = open_run(run_folder(folder))
+    settings = ChatSettings(
+        who=who or found.speakers[-1],
+        max_new_tokens=tokens or found.config.evaluation_max_new_tokens,
+        temperature=found.config.evaluation_temperature if temperature is None else temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        system=system,
+    )
+    talk(found, settings, turns, Console())
+
+
+@app.command()
+def generate(
+    folder: Run,
+    prompts: Annotated[str, typer.Argument(metavar="INPUT", help="A file of prompts, a hub id, FILE.py:FUNCTION.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file of answers, JSON lines.")],
+    who: Who = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Answers to each prompt.")] = 1,
+    system: System = None,
+    tokens: NewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    batch_tokens: Annotated[
+        int, typer.Option("--batch-tokens", min=1, help="Tokens of a batch, prompts and longest answers.")
+    ] = 16_384,
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", help="auto, merged, adapter: as ppo.rollout.weights.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an OUTPUT that is there.")] = False,
+) -> None:
+    """Answer a file of prompts; the file of answers appears when it is whole. The same command goes on."""
+    from flows.generating import generate as answer
+    from flows.generating import order_of
+    from flows.report import run_folder
+    from pipeline.finished_run import open_run
+
+    found = open_run(run_folder(folder))
+    order = order_of(
+        found,
+        who=who or (),
+        count=count,
+        tokens=tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        batch_tokens=batch_tokens,
+        weights=weights,
+        system=system,
+    )
+    with _shown() as display:
+        answer(found, prompts, output, order, display, force=force)
+
+
+@app.command()
+def export(
+    folder: Run,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Whose adapter: sft, reward or ppo.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    form: Annotated[str, typer.Option("--form", help="adapter, merged, requantized or gguf.")] = "adapter",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of merged weights: bfloat16 (default), float16, float32.", show_default=False),
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option("--base-name", help="What an adapter calls its base, such as a hub id.", show_default=False),
+    ] = None,
+    converter: Annotated[
+        Path | None,
+        typer.Option("--converter", help="For gguf: llama.cpp's convert_hf_to_gguf.py.", show_default=False),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload it too.", show_default=False)
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A repository that is made is public.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace another export.")] = False,
+) -> None:
+    """Make a folder for other programs of an adapter: as it is, merged, merged and quantized, or GGUF."""
+    from flows.exporting import export_run, order_of
+    from flows.report import run_folder
+    from pipeline.finished_run import open_run
+
+    order = order_of(stage, form, dtype, base_name, converter)
+    found = open_run(run_folder(folder), (order.stage,))
+    with _shown() as display:
+        export_run(found, order, output, display, repository=push_to_hub, public=public, force=force)
+
+
 @app.command()
 def plan(
     config: Config,

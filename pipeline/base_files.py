@@ -57,7 +57,7 @@ def as_folder(source: BaseSource, base: BaseSettings) -> Path:
     folder = _converted(source, base)
     if not folder.exists():
         print(f"Converting {source.path.name} to safetensors, once; it is kept in {folder}.", flush=True)
-        _convert_gguf(source.path, folder, (_read_gguf_tokenizer, _read_gguf_model))
+        _convert_gguf(source.path, folder, (_read_gguf_tokenizer, read_gguf_model))
     return folder
 
 
@@ -124,7 +124,8 @@ def _read_gguf_tokenizer(file: Path) -> Any:
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
 
 
-def _read_gguf_model(file: Path) -> Any:
+def read_gguf_model(file: Path) -> Any:
+    """The model in a GGUF file, in float32."""
     model: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32
     )

@@ -95,3 +95,8 @@ class DeviceLockError(TrivetError, OSError):
 
 class RegistryError(TrivetError, OSError):
     """The registry of promoted policies is damaged, or has no such version."""
+
+
+class OutputError(TrivetError, OSError):
+    """A place to write to that is taken or cannot be written, a form that a result does not have, a converter that is
+    not installed, a hub that refuses."""

@@ -25,6 +25,7 @@ class SamplingSettings:
 
     max_new_tokens: int
     temperature: float = 1.0
+    """Logits are divided by it. 0: the likeliest token, whatever the seed; log-probabilities are then those at 1."""
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int = 64
@@ -63,6 +64,7 @@ def generate(
     with_values: bool = False,
     on_batch: Callable[[int], None] | None = None,
     on_token: Callable[[], None] | None = None,
+    on_drawn: Callable[[list[int]], None] | None = None,
 ) -> list[Response]:
     """Sample one response a prompt with transformers' `generate`.
 
@@ -77,6 +79,7 @@ def generate(
         with_values: let the value head read the states that the tokens are drawn from.
         on_batch: told the number of responses after each batch.
         on_token: called before each token of a batch; what it raises ends the sampling.
+        on_drawn: told the tokens that a batch has just drawn, one a response, also after a response's EOS.
 
     Returns:
         the responses in the order of the prompts.
@@ -93,7 +96,8 @@ def generate(
     with without_gradients, roles.sampling_model(role, sampling.weights) as model:
         for start in range(0, len(order), sampling.batch_size):
             chosen = order[start : start + sampling.batch_size]
-            sampler = _Sampler(sampling, uniforms(seed, [numbers[index] for index in chosen], sampling), on_token)
+            chances_BT = uniforms(seed, [numbers[index] for index in chosen], sampling)
+            sampler = _Sampler(sampling, chances_BT, on_token, on_drawn)
             with _StateReader(roles) if with_values else nullcontext() as reader:
                 chosen_prompts = [prompts[index] for index in chosen]
                 batch = _generate_batch(model, eos, chosen_prompts, sampling, sampler, in_step=in_step)
@@ -200,8 +204,15 @@ class _StateReader:
 class _Sampler(LogitsProcessor):
     """Draws each token, leaves `generate` no other, and notes the log-probability that it had unfiltered."""
 
-    def __init__(self, sampling: SamplingSettings, uniforms_BT: Tensor, on_token: Callable[[], None] | None) -> None:
-        self._temperature, self._on_token = sampling.temperature, on_token
+    def __init__(
+        self,
+        sampling: SamplingSettings,
+        uniforms_BT: Tensor,
+        on_token: Callable[[], None] | None,
+        on_drawn: Callable[[list[int]], None] | None = None,
+    ) -> None:
+        self._greedy, self._temperature = sampling.temperature == 0, sampling.temperature or 1.0
+        self._on_token, self._on_drawn = on_token, on_drawn
         self._uniforms_TB = uniforms_BT.T
         self._filters = LogitsProcessorList()
         if sampling.top_k > 0:
@@ -221,8 +232,14 @@ class _Sampler(LogitsProcessor):
                 remedy="Train with a lower learning rate; with 16 bits, try base.dtype=float32.",
             )
         logprobs_BV = logits_BV - normalizer_B1
-        tokens_B1 = draw(self._filters(input_ids, logprobs_BV).exp(), self._uniforms_TB[len(self._columns)])[:, None]
+        if self._greedy:
+            tokens_B1 = scores.argmax(dim=1, keepdim=True)
+        else:
+            filtered_BV = self._filters(input_ids, logprobs_BV)
+            tokens_B1 = draw(filtered_BV.exp(), self._uniforms_TB[len(self._columns)])[:, None]
         self._columns.append(logprobs_BV.gather(1, tokens_B1).squeeze(1))
+        if self._on_drawn is not None:
+            self._on_drawn(tokens_B1.squeeze(1).tolist())
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B1, 0.0)
 
     def logprobs(self) -> Tensor:

@@ -67,7 +67,7 @@ def _copy(module: nn.Module, adapter: str | None, dtype: torch.dtype, *, share: 
         share: False copies also what no adapter changes.
     """
     if isinstance(module, LoraLayer):
-        return _merged_layer(module, adapter, dtype)
+        return merged_layer(module, adapter, dtype)
     if isinstance(module, FSDPModule):
         return _gathered_copy(module, adapter, dtype)
     if not any(isinstance(inner, LoraLayer) for inner in module.modules()):
@@ -102,7 +102,7 @@ def _gathered_copy(layer: FSDPModule, adapter: str | None, dtype: torch.dtype) -
     return copied
 
 
-def _dequantized(layer: nn.Module) -> Tensor:
+def dequantized(layer: nn.Module) -> Tensor:
     """The layer's weight as plain numbers. PEFT's function for it spoils an int8 layer that has not computed yet."""
     weight = cast(Any, layer.weight)
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
@@ -124,10 +124,10 @@ def int8_scale(layer: bitsandbytes.nn.Linear8bitLt) -> Tensor:
     return cast(Tensor, cast(Any, layer.state).SCB if scale is None else scale)
 
 
-def _merged_layer(layer: Any, adapter: str | None, dtype: torch.dtype) -> nn.Module:
+def merged_layer(layer: Any, adapter: str | None, dtype: torch.dtype) -> nn.Module:
     """A plain layer with W + s B A, added in float32 and rounded once."""
     base = layer.get_base_layer()
-    weight = _dequantized(base)
+    weight = dequantized(base)
     if adapter is not None and adapter in layer.lora_A:
         weight = weight.float() + layer.get_delta_weight(adapter).float()
     plain: nn.Linear | Conv1D

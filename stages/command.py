@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import sys
 import traceback
@@ -47,7 +48,7 @@ def stage_main(stage: StageName, run: Run, argv: Sequence[str] | None = None) ->
         SystemExit: always, with the exit code.
     """
     arguments = _parser(stage).parse_intermixed_args(argv)
-    _quiet()
+    quiet()
     faulthandler.enable()
     interruption.install()
     try:
@@ -126,7 +127,7 @@ def _at_work(stage: StageName, loaded: LoadedConfig) -> Iterator[RunDirectory]:
         yield directory
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence the libraries below. The environment may come too late for those that are imported already."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -137,6 +138,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*was renamed")
     if (transformers := sys.modules.get("transformers")) is not None:
         transformers.utils.logging.disable_progress_bar()
+    # It asks for a package of faster kernels at every start on a CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def leave_message(error: Exception) -> bool:

@@ -37,6 +37,8 @@ SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
 REPORT, RUN_STATE = "tests/flows/test_report.py", "tests/pipeline/test_run_state.py"
 JUDGE = "tests/stages/test_judge_pairs.py"
 SHARDED = "tests/stages/test_sharded_stages.py"
+CHAT = "tests/flows/test_chat.py"
+ANSWER_FILE, EXPORT = (f"tests/stages/test_{name}.py" for name in ("answer_file", "export"))
 
 
 @dataclass(frozen=True)
@@ -1351,6 +1353,133 @@ TABLE = (
         'if letter.isprintable() or letter == "\\n")',
         "if letter)",
         ("tests/flows/test_runs.py::test_a_model_cannot_command_the_terminal",),
+    ),
+    # ---- using a run
+    Mutation(
+        "use: an adapter is loaded without its manifest",
+        "pipeline/finished_run.py",
+        "adapters[stage] = read_manifest(state.root / stage)",
+        "adapters[stage] = read_manifest(state.root / stage, with_files=False)",
+        (f"{ANSWER_FILE}::test_an_adapter_that_was_edited_is_refused",),
+    ),
+    Mutation(
+        "use: any base will do",
+        "pipeline/finished_run.py",
+        "if manifest.base.weights != weights and",
+        "if False and",
+        (f"{ANSWER_FILE}::test_another_base_is_refused",),
+    ),
+    Mutation(
+        "chat: an answer appears when it is whole",
+        "stages/answering.py",
+        "        self._chat, self._on_text = chat, on_text",
+        "        self._chat, self._on_text, self.add = chat, on_text, self.ids.append",
+        (f"{CHAT}::test_a_talk_in_a_terminal",),
+    ),
+    Mutation(
+        "chat: Ctrl-C does not reach the sampling",
+        "stages/answering.py",
+        "            if is_enough():",
+        "            if is_enough() and False:",
+        (f"{CHAT}::test_a_talk_in_a_terminal",),
+    ),
+    Mutation(
+        "chat: every speaker hears its neighbour's answer",
+        "flows/chat.py",
+        "answers.get(who, first)",
+        "first",
+        (f"{CHAT}::test_what_was_said_is_known_to_all_or_to_each_its_own",),
+    ),
+    Mutation(
+        "generate: an answer depends on its place in the batch",
+        "stages/answer_file.py",
+        "numbers=[chosen[index][0] for index in batch],",
+        "numbers=None,",
+        (f"{ANSWER_FILE}::test_the_batch_changes_nothing_and_the_seed_does",),
+    ),
+    Mutation(
+        "generate: all answers to a prompt are the same one",
+        "stages/answer_file.py",
+        'seed=(order.seed, "generate", number))',
+        'seed=(order.seed, "generate"))',
+        (f"{ANSWER_FILE}::test_every_prompt_is_answered_by_everyone",),
+    ),
+    Mutation(
+        "generate: what was done is done again",
+        "stages/answer_file.py",
+        "    try:\n        with _stopping_in_order(), _writing(output):",
+        "    shutil.rmtree(kept, ignore_errors=True)\n    try:\n        with _stopping_in_order(), _writing(output):",
+        (f"{ANSWER_FILE}::test_an_interrupted_start_goes_on_and_ends_with_the_same_bytes",),
+    ),
+    Mutation(
+        "sampling: temperature 0 draws",
+        "pipeline/generation.py",
+        "self._greedy, self._temperature = sampling.temperature == 0,",
+        "self._greedy, self._temperature = False,",
+        ("tests/pipeline/test_generation.py::test_temperature_0_takes_the_likeliest_token_as_transformers_does",),
+    ),
+    Mutation(
+        "export: the adapter is left out of the merged weights",
+        "pipeline/plain_model.py",
+        "return merged_layer(module, adapter, dtype)",
+        "return merged_layer(module, None, dtype)",
+        (f"{EXPORT}::test_merged_weights_say_what_the_adapter_says",),
+    ),
+    Mutation(
+        "export: quantized layers of GPT-2 are not turned back",
+        "pipeline/plain_model.py",
+        'if key == "weight" and name in turned and not isinstance(layer, Conv1D):',
+        'if key == "weight" and name in turned and False:',
+        (f"{EXPORT}::test_merged_weights_say_what_the_adapter_says",),
+    ),
+    Mutation(
+        "export: a tied output head comes along",
+        "pipeline/plain_model.py",
+        "if head is None or head.weight is not embedding.weight:",
+        "if True:",
+        (f"{EXPORT}::test_tied_weights_stay_tied",),
+    ),
+    Mutation(
+        "export: a classifier reads its score at the padding",
+        "pipeline/plain_model.py",
+        "        if token is not None and token not in ends:",
+        "        if token is not None:",
+        (f"{EXPORT}::test_a_reward_model_becomes_a_classifier",),
+    ),
+    Mutation(
+        "export: another export is taken for this one",
+        "stages/export.py",
+        'if about.get("identity") != identity:',
+        "if False:",
+        (f"{EXPORT}::test_what_lies_there_stays",),
+    ),
+    Mutation(
+        "export: an edited export counts as whole",
+        "stages/export.py",
+        'if about.get("files") != files:',
+        "if False:",
+        (f"{EXPORT}::test_what_lies_there_stays",),
+    ),
+    Mutation(
+        "export: held-out rows go along",
+        "stages/export.py",
+        "_NOT_FOR_OTHERS = (MANIFEST, HELD_OUT)",
+        "_NOT_FOR_OTHERS = (MANIFEST,)",
+        (f"{EXPORT}::test_nothing_of_this_machine_and_no_row_of_the_data_is_in_it",),
+    ),
+    Mutation(
+        "export: agreement is compared with itself",
+        "stages/agreement.py",
+        "found_TV = _logits_along(model, prompt, answer)",
+        "found_TV = wanted_TV",
+        (f"{EXPORT}::test_sixteen_bits_and_what_they_change_is_reported",),
+    ),
+    Mutation(
+        "export: everybody sees what was uploaded",
+        "flows/hub.py",
+        "private=not public",
+        "private=False",
+        ("tests/flows/test_hub.py::test_the_whole_export_is_uploaded",),
     ),
     # ---- memory and launch
     Mutation(

@@ -224,7 +224,7 @@ def test_the_tokenizer_of_a_gguf_file_is_had_without_its_weights(tmp_path, monke
     tiny_gguf(tmp_path / "tiny.gguf")
     wanted = settings(tmp_path / "tiny.gguf")
     with monkeypatch.context() as without:
-        without.setattr(base_files, "_read_gguf_model", lambda file: pytest.fail("the weights are read"))
+        without.setattr(base_files, "read_gguf_model", lambda file: pytest.fail("the weights are read"))
         alone = ChatFormat(base_files.load_tokenizer(wanted)).tokenizer_digest
         again = ChatFormat(base_files.load_tokenizer(wanted)).tokenizer_digest
     assert alone == again == load_base(wanted, "cpu").chat.tokenizer_digest

@@ -88,6 +88,29 @@ def test_a_filter_does_not_change_what_is_recorded(tmp_path):
     assert responses == generate(roles, "policy", PROMPTS, sampling, seed=(1, "another"))
 
 
+def test_temperature_0_takes_the_likeliest_token_as_transformers_does(tmp_path):
+    roles = policy_roles(sharp_base(tmp_path, dtype="bfloat16"))  # in 16 bits the likeliest token often is two
+    perturb(roles, "policy", 0.1)
+    sampling = SamplingSettings(max_new_tokens=12, temperature=0.0, batch_size=1)
+    drawn: list[list[int]] = []
+    responses = generate(roles, "policy", PROMPTS, sampling, seed=SEED, on_drawn=drawn.append)
+    assert responses == generate(roles, "policy", PROMPTS, sampling, seed=(1, "another"))
+    order = sorted(range(len(PROMPTS)), key=lambda index: (len(PROMPTS[index]), index))
+    assert [token for (token,) in drawn] == [token for index in order for token in responses[index].ids]
+    for prompt, found in zip(PROMPTS, responses, strict=True):
+        with torch.no_grad(), roles.active("policy"):
+            greedy = roles.model.generate(
+                input_ids=torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=12,
+                eos_token_id=roles.base.chat.eos_token_id,
+                pad_token_id=roles.base.chat.eos_token_id,
+            )
+        assert list(found.ids) == greedy[0, len(prompt) :].tolist()
+        assert min(found.logprobs) > -20 and max(found.logprobs) < -1e-6  # those at temperature 1
+
+
 def test_a_response_ends_with_its_first_eos(tmp_path):
     roles = policy_roles(loaded_tiny_base(tmp_path))
     eos = roles.base.chat.eos_token_id

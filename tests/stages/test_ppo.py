@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import pvariance
@@ -143,8 +144,8 @@ def test_each_round_draws_anew(tmp_path, monkeypatch):
     loaded = tiny_config(tmp_path, "base.quantization=none", "ppo.iterations=3")
     publish_reward(loaded, publish_sft(loaded))
     seeds = []
-    own = ppo.collect
-    monkeypatch.setattr(ppo, "collect", lambda *args, **named: (seeds.append(named["seed"]), own(*args, **named))[1])
+    own = ppo.sample
+    monkeypatch.setattr(ppo, "sample", lambda *args, **named: (seeds.append(named["seed"]), own(*args, **named))[1])
     ppo.run(loaded, RunDirectory.open(loaded))
     assert len(set(seeds)) == 3
 
@@ -756,14 +757,14 @@ def test_a_faulty_reward_function_stops_before_a_model_is_loaded(tmp_path, monke
 def test_a_base_that_changed_is_not_published(tmp_path, monkeypatch):
     loaded = whole_config(tmp_path, "ppo.rewards=[{function: tiny_data.py:share_of_a}]", "ppo.iterations=1")
     run = publish_sft(loaded)
-    own = TrainingState.write
+    own = TrainingState.copied
 
-    def meddling(self: TrainingState, folder: Path) -> None:
-        own(self, folder)
+    def meddling(self: TrainingState) -> Callable[[Path], None]:
         with torch.no_grad():
             self.roles.base.model.get_output_embeddings().weight[0, 0] += 1
+        return own(self)
 
-    monkeypatch.setattr(TrainingState, "write", meddling)
+    monkeypatch.setattr(TrainingState, "copied", meddling)
     with pytest.raises(BaseModelError, match="base changed"):
         ppo.run(loaded, run)
     assert not run.stage("ppo").exists()
