@@ -55,7 +55,7 @@ def push(folder: Path, repository: str, *, public: bool) -> str:
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise _refused(error, folder, repository) from error
     except Exception as error:  # the client's HTTP library has errors of its own, and changes with its versions
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests"):
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
         raise _refused(error, folder, repository) from error
     return str(commit.commit_url)

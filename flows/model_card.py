@@ -13,7 +13,7 @@ import yaml
 
 import pipeline
 from flows.verdict import as_estimate, judge_name, judgements_of, verdict_of
-from pipeline.base_license import base_license, hub_name, shown_name
+from pipeline.base_license import License, base_license, hub_name, shown_name
 from pipeline.config_file import is_local_source
 from pipeline.finished_run import FinishedRun
 from pipeline.run_directory import StageName
@@ -46,7 +46,7 @@ def card(found: FinishedRun, about: Mapping[str, Any], compared: Sequence[str]) 
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _front(found: FinishedRun, about: Mapping[str, Any], licence: str | None) -> str:
+def _front(found: FinishedRun, about: Mapping[str, Any], licence: License | None) -> str:
     form, role = about["form"], about["role"]
     front: dict[str, Any] = {
         "library_name": "peft" if form == "adapter" else "transformers",
@@ -56,12 +56,14 @@ def _front(found: FinishedRun, about: Mapping[str, Any], licence: str | None) ->
     if (base := hub_name(found.config.base)) is not None:
         front["base_model"] = base
         front["base_model_relation"] = "adapter" if form == "adapter" else "finetune"
-    if licence is not None and not licence.startswith("see "):
-        front["license"] = licence
+    if licence is not None and licence.key is not None:
+        front |= {"license": licence.key} | ({"license_name": licence.name} if licence.name else {})
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
 
 
-def _body(found: FinishedRun, about: Mapping[str, Any], licence: str | None, compared: Sequence[str]) -> Iterator[str]:
+def _body(
+    found: FinishedRun, about: Mapping[str, Any], licence: License | None, compared: Sequence[str]
+) -> Iterator[str]:
     stage: StageName = about["stage"]
     name = shown_name(found.config.base)
     yield f"# {_WHAT[stage][0].upper()}{_WHAT[stage][1:]}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,19 @@ from pipeline.config import BaseSettings
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 
 
-def base_license(base: BaseSettings) -> str | None:
-    """The licence's name, as the base's model card, its GGUF file or its hub's card says. None: it is not known here.
+@dataclass(frozen=True)
+class License:
+    """A licence as hubs know it, or `other` with a `name` of its own; without a key where only a text is known."""
+
+    key: str | None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return self.name or self.key or "unknown"
+
+
+def base_license(base: BaseSettings) -> License | None:
+    """The licence, as the base's model card, its GGUF file or its hub's card says. None: it is not known here.
 
     The hub is asked where the base comes from it and it can be reached.
     """
@@ -23,7 +35,8 @@ def base_license(base: BaseSettings) -> str | None:
         return _of_gguf(source.path)
     named = _of_card(source.path / "README.md")
     if named is not None or not _is_hub_id(base.model):
-        beside = (f"see {name} of the base" for name in _LICENCE_FILES if (source.path / name).exists())
+        files = (name for name in _LICENCE_FILES if (source.path / name).exists())
+        beside = (License(None, f"see {name} of the base") for name in files)
         return named or next(beside, None)
     return _of_hub(base)
 
@@ -32,8 +45,8 @@ def _is_hub_id(model: str) -> bool:
     return not model.startswith((PACKAGE_PREFIX, "/", ".", "~")) and not Path(model).exists()
 
 
-def _of_card(card: Path) -> str | None:
-    """The front matter's `license`, or `license_name` where that is `other`."""
+def _of_card(card: Path) -> License | None:
+    """The front matter's `license`, and the `license_name` that goes with `other`."""
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -47,21 +60,21 @@ def _of_card(card: Path) -> str | None:
     if not isinstance(front, dict) or not isinstance(front.get("license"), str):
         return None
     named = front.get("license_name")
-    return named if front["license"] == "other" and isinstance(named, str) else str(front["license"])
+    return License(front["license"], named if isinstance(named, str) else None)
 
 
-def _of_gguf(file: Path) -> str | None:
+def _of_gguf(file: Path) -> License | None:
     try:
         from gguf import GGUFReader
 
         found = GGUFReader(file).get_field("general.license")
-        return str(found.contents()) if found is not None else None
+        return License(str(found.contents())) if found is not None else None
     # The licence is a courtesy: whatever keeps it from being read, the base itself was read all the same.
     except Exception:
         return None
 
 
-def _of_hub(base: BaseSettings) -> str | None:
+def _of_hub(base: BaseSettings) -> License | None:
     from huggingface_hub import hf_hub_download
 
     try:

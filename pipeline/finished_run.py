@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import ValidationError
+
 from pipeline.artifacts import Manifest, read_manifest
 from pipeline.base_source import locate
 from pipeline.config import BaseSettings, PipelineConfig
@@ -84,13 +86,7 @@ def open_run(folder: str | Path, needed: Sequence[StageName] = ()) -> FinishedRu
         IncompatibleAdapterError: another base lies there than the one that the adapters were trained on.
     """
     state = read_run(folder)
-    config = state.checked_config
-    if config is None:
-        raise RunDirectoryError(
-            "the run's settings are not there, or another version of trivet wrote them",
-            where=str(state.root / "config.json"),
-            remedy="Start the run again with its config: what is finished is not done again, and the settings return.",
-        )
+    config = _settings(state)
     adapters: dict[StageName, Manifest] = {}
     absent: dict[StageName, str] = {}
     for stage in ADAPTER_STAGES:
@@ -114,10 +110,28 @@ def open_run(folder: str | Path, needed: Sequence[StageName] = ()) -> FinishedRu
     return FinishedRun(state, config, base, adapters, absent)
 
 
+def _settings(state: RunState) -> PipelineConfig:
+    where = state.root / "config.json"
+    remedy = "Start the run again with its config: what is finished is not done again, and the settings return."
+    if not state.config:
+        raise RunDirectoryError("the run's settings are not there", where=str(where), remedy=remedy)
+    try:
+        return PipelineConfig.model_validate(state.config)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise RunDirectoryError(
+            "the run's settings are not those of this version of trivet:"
+            f" {'.'.join(map(str, fault['loc']))}: {fault['msg'][0].lower()}{fault['msg'][1:]}",
+            where=str(where),
+            remedy=remedy,
+        ) from None
+
+
 def _as_trained(base: BaseSettings, manifest: Manifest) -> BaseSettings:
     """The base in the arithmetic that the adapter was trained in: `auto` may mean another on this device."""
-    dtype = manifest.base.quantization.rpartition("/")[2]
-    return BaseSettings.model_validate(base.model_dump() | {"dtype": dtype, "quant_storage": "auto"})
+    _, named, dtype = manifest.base.quantization.partition("/")
+    trained = {"dtype": dtype} if named else {}
+    return BaseSettings.model_validate(base.model_dump() | trained | {"quant_storage": "auto"})
 
 
 def _unfinished(state: RunState, stage: StageName, fault: str, others: Sequence[Speaker]) -> ArtifactError:

@@ -33,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, Any]] = {}
         self.files: dict[str, bytes] = {}
         self.tokens: set[str] = set()
+        self.cards: list[str] = []
         self.refuses: int | None = None
 
     @property
@@ -70,6 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{wanted['organization']}/{wanted['name']}"
             hub.repositories[name] = wanted
             self._say({"url": f"{hub.address}/{name}", "id": name, "name": name})
+        elif path == "/api/validate-yaml":
+            hub.cards.append(json.loads(body)["content"])
+            self._say({"errors": [], "warnings": []})
         elif path.endswith("/preupload/main"):
             files = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
@@ -133,6 +137,7 @@ def test_the_whole_export_is_uploaded(hub: Hub, run_folder: str, tmp_path: Path)
     assert {"adapter_model.safetensors", "README.md", EXPORT, "tokenizer.json"} <= hub.files.keys()
     assert hub.repositories["someone/tiny"]["visibility"] == "private", "nobody sees it unless that is asked for"
     assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert hub.cards == [(folder / "README.md").read_text()], "the hub has read the card before it took the files"
     done = trivet(hub.address, "export", run_folder, "sft", tmp_path / "2", "--push-to-hub", "someone/open", "--public")
     assert done.returncode == 0, done.stderr
     assert hub.repositories["someone/open"]["visibility"] == "public"
