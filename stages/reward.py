@@ -127,13 +127,18 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     trained_scores = score_while_training(model, sample, base.device, scoring_tokens)
     roles = as_roles(base, model, sft, run.working("reward") / "adapter", trainer.accelerator, shards)
     require_same_scores(trained_scores, score_rewards(roles, sample, max_tokens=scoring_tokens))
-    scores = require_finite(
-        score_pairs(roles, held_out_pairs, scoring_tokens), "score of a held-out pair", where="reward"
-    )
     budgets = Budgets(
         MemoryBudget("reward.microbatch_size * reward.max_length", scoring_tokens, say, alone=shards is None),
         MemoryBudget("ppo.rollout.batch_size", config.ppo.rollout.batch_size, say, alone=shards is None),
     )
+    longest = max((len(ids) for pair in held_out_pairs for ids in (pair.chosen, pair.rejected)), default=1)
+    scores = budgets.tokens.fit(
+        lambda most: score_pairs(roles, held_out_pairs, most),
+        smallest=longest,
+        whole=longest * 2 * len(held_out_pairs),
+        remedy=f"An answer of {longest} tokens does not fit: set reward.max_length={longest // 2}.",
+    )
+    require_finite(scores, "score of a held-out pair", where="reward")
     parts = Parts(
         run.working("reward") / "parts",
         inputs_digest=digest(inputs),

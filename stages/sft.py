@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from torch import Tensor
 from trl import SFTTrainer
 
 from pipeline.artifacts import Manifest, digest, read_manifest
@@ -33,6 +34,7 @@ from pipeline.datasets import load_instructions
 from pipeline.distributed import World, seed_everything
 from pipeline.errors import ConfigError, DivergenceError
 from pipeline.logprobs import token_logprobs
+from pipeline.memory_budget import MemoryBudget
 from pipeline.progress import progress, say
 from pipeline.records import Demonstration, TokenizedExample
 from pipeline.roles import Role, Roles
@@ -97,14 +99,15 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     # 4. Optimizer
     trainer = build_trainer(roles, arguments, train_rows, held_out_rows)
     require_separate_rows(roles, trainer)
-    eval_tokens = settings.microbatch_size * settings.max_length
-    loss_before = held_out_loss(roles, None, held_out_rows, trainer.accelerator, eval_tokens)
+    tokens = settings.microbatch_size * settings.max_length
+    budget = MemoryBudget("sft.microbatch_size * sft.max_length", tokens, say, alone=roles.shards is None)
+    loss_before = held_out_loss(roles, None, held_out_rows, trainer.accelerator, budget)
 
     # 5. Loop
     train_loss = train(trainer, TrainingReport("sft", run), checkpoints)
 
     # 6. Result
-    loss_after = held_out_loss(roles, "policy", held_out_rows, trainer.accelerator, eval_tokens)
+    loss_after = held_out_loss(roles, "policy", held_out_rows, trainer.accelerator, budget)
     require_unchanged(base, base_before)
     metrics = {
         "train_loss": train_loss,
@@ -237,40 +240,37 @@ def require_separate_rows(roles: Roles, trainer: SFTTrainer) -> None:
 
 @torch.no_grad()
 def held_out_loss(
-    roles: Roles, role: Role | None, rows: Sequence[TokenizedExample], accelerator: Accelerator, max_tokens: int
+    roles: Roles, role: Role | None, rows: Sequence[TokenizedExample], accelerator: Accelerator, budget: MemoryBudget
 ) -> float | None:
     """Mean negative log-likelihood of the assistant's tokens in nats, each token of all rows counting the same.
 
     Args:
         role: under whose adapter; None is the bare base, which a fresh adapter equals.
         rows: shared by the processes.
-        max_tokens: tokens of one forward pass, padding included.
+        budget: tokens of one forward pass, padding included, as far as memory goes.
 
     Returns:
         the loss; None where there are no rows.
 
     Raises:
         DivergenceError: it is not finite.
+        OutOfMemoryError: a single row does not fit.
     """
     if not rows:
         return None
-    roles.inference_mode()
-    sums = torch.zeros(2, dtype=torch.float64, device=roles.device)
     mine = list(rows[accelerator.process_index :: accelerator.num_processes])
     if roles.shards is not None and len(mine) < math.ceil(len(rows) / accelerator.num_processes):
         # As many rows in every process, since they pass in step; this one says nothing that counts.
         mine.append(replace(rows[0], loss_mask=(False,) * len(rows[0].ids)))
-    with roles.active(role), progress(len(mine), "sft held-out loss", "rows") as bar:
-        for group in roles.microbatches([len(row.ids) for row in mine], max_tokens):
-            ids_BL, mask_BL = pad([mine[index].ids for index in group], roles.device)
-            said_BL, _ = pad([mine[index].loss_mask for index in group], roles.device)
-            hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
-            said_BT = said_BL[:, 1:].bool()  # the state before a token predicts it
-            logprobs_N = token_logprobs(
-                hidden_BLD[:, :-1][said_BT], ids_BL[:, 1:][said_BT], roles.logits, chunk_tokens=LOGIT_CHUNK_TOKENS
-            ).logprobs_N
-            sums -= torch.stack([logprobs_N.double().sum(), -said_BT.sum().double()])
-            bar.advance(len(group))
+    longest = max((len(row.ids) for row in mine), default=1)
+    roles.inference_mode()
+    with roles.active(role):
+        sums = budget.fit(
+            lambda most: _sums_of_logprobs(roles, mine, most),
+            smallest=longest,
+            whole=longest * len(mine),
+            remedy=f"A row of {longest} tokens does not fit: set sft.max_length={longest // 2}, base.quantization=nf4.",
+        )
     total, count = accelerator.reduce(sums, "sum").tolist()
     if not math.isfinite(total):
         raise DivergenceError(
@@ -278,7 +278,24 @@ def held_out_loss(
             where="sft",
             remedy="Lower sft.learning_rate, or look at the held-out rows; with 16 bits, try base.dtype=float32.",
         )
-    return float(total / count)
+    return float(-total / count)
+
+
+def _sums_of_logprobs(roles: Roles, rows: Sequence[TokenizedExample], max_tokens: int) -> Tensor:
+    """Of the assistant's tokens under the active role: the log-probabilities' sum in nats, and their number: [2]."""
+    sums = torch.zeros(2, dtype=torch.float64, device=roles.device)
+    with progress(len(rows), "sft held-out loss", "rows") as bar:
+        for group in roles.microbatches([len(row.ids) for row in rows], max_tokens):
+            ids_BL, mask_BL = pad([rows[index].ids for index in group], roles.device)
+            said_BL, _ = pad([rows[index].loss_mask for index in group], roles.device)
+            hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
+            said_BT = said_BL[:, 1:].bool()  # the state before a token predicts it
+            logprobs_N = token_logprobs(
+                hidden_BLD[:, :-1][said_BT], ids_BL[:, 1:][said_BT], roles.logits, chunk_tokens=LOGIT_CHUNK_TOKENS
+            ).logprobs_N
+            sums += torch.stack([logprobs_N.double().sum(), said_BT.sum().double()])
+            bar.advance(len(group))
+    return sums
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -144,6 +144,26 @@ def test_the_figures_are_those_of_the_pairs(learned: tuple[LoadedConfig, Manifes
         assert row["margin"] is None
 
 
+def test_with_too_little_memory_the_held_out_pairs_score_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = pairs_config(tmp_path, "reward.max_steps=1", "reward.trl={eval_strategy: 'no'}")
+    run_sft(loaded)
+    expected = run(loaded).metrics
+    own = reward.score_pairs
+
+    def limited(roles: Roles, pairs: list[Pair], most: int) -> Tensor:
+        if most > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own(roles, pairs, most)
+
+    monkeypatch.setattr(reward, "score_pairs", limited)
+    found = run(loaded).metrics
+    assert "Out of memory with reward.microbatch_size * reward.max_length" in capsys.readouterr().out
+    for name in ("held_out_loss", "held_out_margin", "calibration_raw_mean"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
 def loaded_roles(loaded: LoadedConfig) -> Roles:
     roles = Roles(load_base(loaded.config.base, "cpu"))
     roles.add_from("reference", RunDirectory(loaded.config.run_dir).stage("sft"))

@@ -20,7 +20,8 @@ from pipeline.artifacts import Manifest
 from pipeline.base_model import Base, fingerprint, load_base, require_unchanged
 from pipeline.config import LoraSettings, PipelineConfig
 from pipeline.config_file import LoadedConfig
-from pipeline.errors import BaseModelError, ConfigError, DataError, DivergenceError
+from pipeline.errors import BaseModelError, ConfigError, DataError, DivergenceError, OutOfMemoryError
+from pipeline.memory_budget import MemoryBudget
 from pipeline.metrics import read_metrics
 from pipeline.records import Demonstration, Message, Origin, TokenizedExample
 from pipeline.roles import Roles
@@ -124,18 +125,48 @@ def test_logits_of_targets_alone_give_the_loss_and_gradients_of_all_logits(tmp_p
 
 
 @torch.no_grad()
+def tokens(size: int) -> MemoryBudget:
+    return MemoryBudget("sft.microbatch_size * sft.max_length", size, print)
+
+
+def test_with_too_little_memory_the_held_out_loss_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roles = policy(loaded_tiny_base(tmp_path))
+    rows = sft.tokenize(roles.base.chat, demonstrations())
+    accelerator = sft.build_trainer(roles, arguments(tmp_path), rows, []).accelerator
+    expected = sft.held_out_loss(roles, "policy", rows, accelerator, tokens(10_000))
+    own, longest = Roles.hidden_states, max(len(row.ids) for row in rows)
+
+    def limited(most: int) -> None:
+        def hidden_states(roles: Roles, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+            if ids_BL.numel() > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return own(roles, ids_BL, mask_BL)
+
+        monkeypatch.setattr(Roles, "hidden_states", hidden_states)
+
+    limited(2 * longest)
+    budget = tokens(10_000)
+    assert sft.held_out_loss(roles, "policy", rows, accelerator, budget) == pytest.approx(expected, rel=1e-6)
+    assert budget.size < 400 and "Out of memory with sft.microbatch_size" in capsys.readouterr().out
+    limited(longest - 1)
+    with pytest.raises(OutOfMemoryError, match=f"sft.max_length={longest // 2}"):
+        sft.held_out_loss(roles, "policy", rows, accelerator, tokens(10_000))
+
+
 def test_the_held_out_loss_counts_every_token_the_same(tmp_path: Path) -> None:
     roles = policy(loaded_tiny_base(tmp_path))
     rows = sft.tokenize(roles.base.chat, demonstrations())
     total, count = loss_by_hand(roles, rows)
     accelerator = sft.build_trainer(roles, arguments(tmp_path), rows, []).accelerator
     for max_tokens in (1, 100, 10_000):
-        found = sft.held_out_loss(roles, "policy", rows, accelerator, max_tokens)
+        found = sft.held_out_loss(roles, "policy", rows, accelerator, tokens(max_tokens))
         assert found == pytest.approx(total / count, rel=1e-5)
     # Before training the adapter changes nothing, so that the bare base stands for it.
-    bare = sft.held_out_loss(roles, None, rows, accelerator, 100)
+    bare = sft.held_out_loss(roles, None, rows, accelerator, tokens(100))
     assert bare is not None and found is not None and abs(bare - found) > 1e-3
-    assert sft.held_out_loss(roles, "policy", [], accelerator, 100) is None
+    assert sft.held_out_loss(roles, "policy", [], accelerator, tokens(100)) is None
 
 
 def trained_adapter(base: Base, rows: list[TokenizedExample], settings: Any) -> dict[str, Tensor]:
@@ -182,7 +213,7 @@ def test_packed_rows_do_not_see_each_other(tmp_path: Path, architecture: str, at
     for row in trainer.train_dataset:
         batch = trainer.data_collator([row])
         packed += float(trainer.compute_loss(roles.model, batch, num_items_in_batch=count))
-    alone = sft.held_out_loss(roles, "policy", rows, trainer.accelerator, 1)
+    alone = sft.held_out_loss(roles, "policy", rows, trainer.accelerator, tokens(1))
     assert packed == pytest.approx(alone, rel=1e-5)
 
 
