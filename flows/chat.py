@@ -272,7 +272,8 @@ class _Session:
                 said = {names[0]: self._speak(names[0], question, is_enough)}
             else:
                 said = self._speak_beside(names, question, is_enough)
-        self._talk.add(question, {who: one.text for who, one in said.items()})
+        if any(one.text for one in said.values()):  # else it was stopped before a word
+            self._talk.add(question, {who: one.text for who, one in said.items()})
 
     def _speak(self, who: Speaker, question: str, is_enough: Callable[[], bool]) -> Said:
         self.console.print(f"{who}> ", style="cyan", end="", markup=False, highlight=False)
