@@ -127,7 +127,7 @@ class Shards:
     def sentence(self) -> str:
         """How much each process holds, for people."""
         held, whole = self.bytes_here, self.whole_bytes
-        return f"The base is shared out: each process holds {held / 1e6:.1f} of {whole / 1e6:.1f} MB of its layers."
+        return f"The base is shared out: each process holds {held / whole:.0%} of its layers' {whole / 1e6:,.1f} MB."
 
     @property
     def fits_whole(self) -> bool:
