@@ -106,7 +106,11 @@ def unseal(content: Mapping[str, Any], where: Path, remedy: str) -> dict[str, An
     checksum = plain.pop(_CHECKSUM, None)
     if checksum is None:
         raise ArtifactError("it has no checksum: an older trivet wrote it", where=str(where), remedy=remedy)
-    if checksum != digest(plain):
+    try:
+        found = digest(plain)
+    except RecursionError:
+        raise ArtifactError("its content is nested too deeply", where=str(where), remedy=remedy) from None
+    if checksum != found:
         raise ArtifactError("its content was edited: the checksum does not fit", where=str(where), remedy=remedy)
     return plain
 

@@ -168,7 +168,13 @@ class ChatFormat:
     @cached_property
     def _special_tokens(self) -> dict[str, int]:
         listed = getattr(self.tokenizer, "added_tokens_decoder", {})
-        tokens = {str(token): token_id for token_id, token in listed.items() if token.special}
+        # Some tokenizers do not flag the tokens that open a turn as special.
+        template = self._template or ""
+
+        def opens_turns(text: str) -> bool:
+            return len(text.strip()) > 2 and text in template
+
+        tokens = {str(one): token_id for token_id, one in listed.items() if one.special or opens_turns(str(one))}
         tokens.update(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
         return {token: int(token_id) for token, token_id in tokens.items() if token}
 
@@ -236,7 +242,7 @@ class ChatFormat:
                 where=f"chat template, line {error.lineno}",
                 remedy="Correct base.chat_template.",
             ) from None
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             roles = ", ".join(message.role for message in messages)
             raise DataError(
                 f"the chat template refuses a conversation with the turns {roles}: {error}",

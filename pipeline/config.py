@@ -423,9 +423,9 @@ class RegistrySettings(Section):
 class PipelineConfig(Section):
     """Everything a run needs to know."""
 
-    run_dir: str
+    run_dir: str = Field(min_length=1)
     """Folder of the run, relative to the working directory. Stages find each other's results there."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Every random draw follows from it."""
     deterministic: bool = False
     """Ask torch for deterministic kernels: the same machine gives the same bytes."""

@@ -22,6 +22,9 @@ from pipeline.config import DataSource, PipelineConfig, RewardSource
 from pipeline.errors import ConfigError
 
 ValueOrigin = Literal["default", "file", "override"]
+# What PyYAML raises where a value is none of what its tag or its looks say: !!bool maybe, 2024-13-45, -0b_.
+_NO_YAML = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError, OverflowError)
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 _NO_PATH_PREFIXES = ("package:",)
 _MOST_VALUES, _LONGEST_KEY = 100_000, 10_000
 
@@ -73,7 +76,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     """
     path = Path(path)
     tree = _read_yaml(path)
-    from_file = {key for key, _ in flatten(tree)}
+    from_file = {key for key, value in flatten(tree) if value != {}}
     from_overrides = _apply_overrides(tree, overrides)
     try:
         config = PipelineConfig.model_validate(tree)
@@ -118,9 +121,17 @@ def _mapping_without_duplicates(
 ) -> dict[Hashable, Any]:
     seen: dict[Hashable, int] = {}
     for key_node, _ in node.value:
+        if key_node.tag == _MERGE_TAG:  # `<<: *name`
+            continue
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
         line = key_node.start_mark.line + 1
-        if isinstance(key, Hashable) and key in seen:
+        if not isinstance(key, Hashable):
+            raise ConfigError(
+                f"a key in line {line} is itself a group of settings or a list",
+                where=str(getattr(loader, "name", "config")),
+                remedy='Put what begins with { or [ in quotes, if it is a text: "{{ name }}".',
+            )
+        if key in seen:
             raise ConfigError(
                 f"the key '{key}' stands in line {seen[key]} and again in line {line}",
                 where=str(getattr(loader, "name", "config")),
@@ -130,6 +141,10 @@ def _mapping_without_duplicates(
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
 
+# YAML 1.1 takes 1e-5 for a text: it wants a point and a sign.
+_StrictLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
@@ -150,9 +165,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             tree = loader.get_single_data()
         finally:
             loader.dispose()  # type: ignore[no-untyped-call]
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except _NO_YAML as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
         raise ConfigError(
@@ -183,6 +198,7 @@ def _yaml_remedy(error: Exception) -> str:
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[str]:
     """Put the overrides into the tree; returns their keys."""
     seen: dict[str, str] = {}
+    leaves: set[str] = set()
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
@@ -190,33 +206,46 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> set[str]
             raise ConfigError(
                 f"'{override}' is not an override", remedy="Write key=value, for example ppo.kl.coefficient=0.1."
             )
-        if seen.get(key, text) != text:
+        if key in seen:
+            if seen[key] == text:
+                continue
             raise ConfigError(
                 f"the override {key} is given twice, as '{seen[key]}' and as '{text}'", remedy="Keep one of them."
             )
         seen[key] = text
         try:
             value = yaml.load(text, _StrictLoader)
-        except (yaml.YAMLError, RecursionError) as error:
+        except ConfigError:
+            raise
+        except _NO_YAML as error:
             raise ConfigError(
                 f"the value of the override '{override}' is not valid YAML: {getattr(error, 'problem', None) or error}",
                 remedy="Quote it for the shell and for YAML: 'key=\"value: with a colon\"'.",
             ) from None
         _check_values(value, f"the override {key}", key)
         _check_values(key, "an override")
-        *parents, last = key.split(".")
-        node = tree
-        for depth, parent in enumerate(parents):
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise ConfigError(
-                    f"the override {key} goes into {'.'.join(parents[: depth + 1])}, which holds a single value",
-                    remedy=f"Override {'.'.join(parents[: depth + 1])} as a whole.",
-                )
-        node[last] = value
-    return set(seen)
+        for leaf, part in flatten({key: value}):
+            if near := next((other for other in leaves if _covers({other}, leaf)), None):
+                raise ConfigError(f"the overrides {near} and {leaf} are of one setting", remedy="Keep one of them.")
+            leaves.add(leaf)
+            _put(tree, leaf, part)
+    return leaves
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key."""
+    *parents, last = key.split(".")
+    node = tree
+    for depth, parent in enumerate(parents):
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(
+                f"the override {key} goes into {'.'.join(parents[: depth + 1])}, which holds a single value",
+                remedy=f"Override {'.'.join(parents[: depth + 1])} as a whole.",
+            )
+    node[last] = value
 
 
 def _check_values(tree: Any, where: str, place: str = "") -> None:

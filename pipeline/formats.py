@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from pipeline.errors import DataError
 from pipeline.records import Comparison, Demonstration, Message, Messages, Origin, Prompt, Text
-from pipeline.sources import Row
+from pipeline.sources import Cell, Row
 
 Record = TypeVar("Record", Demonstration, Comparison, Prompt)
 
@@ -113,7 +113,7 @@ def _messages(value: Any, row: Row, column: str) -> Messages:
         # CSV has no lists: a conversation in a cell is JSON.
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
     if not isinstance(value, (list, tuple)):
         raise DataError(
@@ -153,7 +153,8 @@ def _message(value: Any, row: Row, place: str) -> Message:
 
 
 def _text_or_messages(value: Any, row: Row, column: str) -> Text:
-    if isinstance(value, (list, tuple)) or (isinstance(value, str) and _LIST_OF_MESSAGES.match(value)):
+    # Elsewhere a text is what somebody said, whatever it looks like.
+    if isinstance(value, (list, tuple)) or (isinstance(value, Cell) and _LIST_OF_MESSAGES.match(value)):
         return _messages(value, row, column)
     return _text(value, row, column)
 
@@ -247,7 +248,10 @@ def _from_messages(row: Row, source: str) -> Demonstration | Dropped:
 
 
 def _from_sharegpt(row: Row, source: str) -> Demonstration | Dropped:
-    return _demonstration_from_turns(_messages(row.values["conversations"], row, "conversations"), row, source)
+    turns = row.values["conversations"]
+    if isinstance(system := row.values.get("system"), str) and system.strip() and isinstance(turns, list):
+        turns = [{"from": "system", "value": system}, *turns]
+    return _demonstration_from_turns(_messages(turns, row, "conversations"), row, source)
 
 
 def _from_prompt_and_completion(row: Row, source: str) -> Demonstration | Dropped:
@@ -293,11 +297,11 @@ def _margin(row: Row) -> float | None:
         return None
     try:
         margin = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
         raise DataError(
-            f"'margin' is {value!r}, where a finite number is expected",
+            f"'margin' is {repr(value)[:60]}, where a finite number is expected",
             where=row.where,
             remedy="Write a number, or leave the margin out.",
         )

@@ -64,7 +64,7 @@ class MemoryBudget:
                     f"memory runs out with {self.setting}={self.size} ({said}), and what all processes do together"
                     " cannot be done again",
                     where=self.setting,
-                    remedy=f"Set {self.setting}={halved}; the same command goes on from the last checkpoint.",
+                    remedy=f"Set {self.setting}={halved}. The stage then starts anew, as after any changed setting.",
                 )
             self._say(f"Out of memory with {self.setting}={self.size}; going on with {halved}.")
             self.size = halved

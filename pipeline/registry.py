@@ -58,7 +58,10 @@ class Registry:
         """
         path = self.root / "registry.json"
         try:
-            return [Event(**event) for event in read_json(path)["history"]]
+            events = [Event(**event) for event in read_json(path)["history"]]
+            if odd := next((event for event in events if type(event.version) is not int or event.version < 1), None):
+                raise ValueError(f"{odd.version!r} is no version")
+            return events
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
@@ -128,6 +131,12 @@ class Registry:
                     f"there is no version {version} to go back to" if version else "there is no earlier version",
                     where=str(self.root),
                     remedy=f"Choose one of {', '.join(map(str, sorted(known)))}." if known else "Promote a run first.",
+                )
+            if not self._folder(version).is_dir():
+                raise RegistryError(
+                    f"the files of version {version} are gone",
+                    where=str(self._folder(version)),
+                    remedy="Put them back from a copy, or choose another version.",
                 )
             for folder in sorted(self._folder(version).iterdir()):
                 read_manifest(folder)

@@ -161,12 +161,19 @@ class Roles:
     def _add(self, role: Role, config: LoraConfig) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns about bases without a hub id
-            if self._peft is None:
-                self._peft = cast(PeftModel, get_peft_model(self._causal_model, config, adapter_name=role))
-                if self._world is not None:
-                    self.shards = Shards(self._causal_model, trunk_of(self._causal_model), self._world)
-            else:
-                self._peft.add_adapter(role, config)
+            try:
+                if self._peft is None:
+                    self._peft = cast(PeftModel, get_peft_model(self._causal_model, config, adapter_name=role))
+                else:
+                    self._peft.add_adapter(role, config)
+            except ValueError as error:
+                raise ConfigError(
+                    f"no adapter can be put on these modules: {error}",
+                    where="lora.target_modules",
+                    remedy="Name linear layers of this base, or set lora.target_modules=all-linear.",
+                ) from None
+            if self.shards is None and self._world is not None:
+                self.shards = Shards(self._causal_model, trunk_of(self._causal_model), self._world)
         for parameter in self.parameters(role).values():
             # PEFT puts them where the base's weights are, which may be shares in main memory.
             parameter.data = parameter.data.to(self.device, torch.float32)

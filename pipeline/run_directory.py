@@ -17,6 +17,7 @@ RUN/
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -111,7 +112,7 @@ class RunDirectory:
             version = int(found["layout_version"])
         except (FileNotFoundError, NotADirectoryError):
             return
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             raise RunDirectoryError(
                 "run.json is not readable", where=str(path), remedy="Remove that file if the folder is this run's."
             ) from None
@@ -267,12 +268,18 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError where it is not one; NaN, which JSON does not know, included."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_json)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_json, parse_float=_finite)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return content
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
 
 
 def _not_json(constant: str) -> float:

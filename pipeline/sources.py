@@ -26,6 +26,10 @@ _CHECK_PATH = "Correct the path; a relative one starts from the config's folder.
 _CSV_CELL = 1 << 26
 
 
+class Cell(str):
+    """A text out of a CSV cell. It may stand for a list, which CSV does not know."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row: its 1-based number among the source's rows, its place as messages name it, and its columns."""
@@ -68,13 +72,25 @@ def source_digest(source: DataSource) -> str:
         revision = source.revision or _hub_commit(source.path)
         return digest({"hub": source.path, "subset": source.subset, "split": source.split, "revision": revision})
     if _is_function(source.path):
-        return digest([json.dumps(row.values, sort_keys=True, default=str) for row in read_rows(source)])
+        return digest([_as_json(row) for row in read_rows(source)])
     path = Path(source.path).expanduser()
     _check_file(path)
     try:
         return file_digest(path)
     except OSError as error:
         raise DataError(f"the file cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def _as_json(row: Row) -> str:
+    """A row of a function as a text that is the same in every process."""
+    try:
+        return json.dumps(row.values, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"the row holds what JSON does not know: {error}",
+            where=row.where,
+            remedy="Yield texts, numbers, lists, and objects with texts as keys; a set as a sorted list.",
+        ) from None
 
 
 def _located_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
@@ -147,12 +163,12 @@ def _jsonl_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
             continue
         where = f"{path}, line {line}"
         try:
-            yield where, json.loads(raw.decode("utf-8"))
+            yield where, json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
         except UnicodeDecodeError:
             raise _not_utf8(path, line) from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            reason = _why_no_json(error)
             raise DataError(
                 f"this is not a JSON object: {reason}{column}",
                 where=where,
@@ -162,16 +178,18 @@ def _jsonl_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = _read_text(path)
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     start = len(text) - len(text.lstrip())
     try:
         if text[start : start + 1] == "[":
             yield from _list_elements(path, text, start, decoder)
             return
         content, end = decoder.raw_decode(text, start)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except DataError:  # of JSON lines under the name .json
+        raise
+    except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        reason = _why_no_json(error)
         raise DataError(
             f"this is not valid JSON: {reason}", where=f"{path}{line}", remedy="Write a list of objects."
         ) from None
@@ -189,6 +207,23 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         )
     for number, value in enumerate(lists[0], 1):
         yield f"{path}, row {number}", value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json itself would take the last of two values under one key."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' stands there twice")
+    return found
+
+
+def _why_no_json(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number has too many digits" if "digits" in str(error) else str(error)
 
 
 def _list_elements(path: Path, text: str, start: int, decoder: json.JSONDecoder) -> Iterator[tuple[str, Any]]:
@@ -248,7 +283,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 remedy='Put cells that hold a comma or a line break in double quotes ("").',
             )
         else:
-            yield where, dict(zip(header, cells, strict=True))
+            yield where, dict(zip(header, map(Cell, cells), strict=True))
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -257,11 +292,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         number = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the column '{twice}' stands there twice")
+        for batch in file.iter_batches():
             for values in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", values
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(
             f"this is not a Parquet file that can be read: {error}", where=str(path), remedy="Write it again."
         ) from None

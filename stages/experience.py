@@ -404,7 +404,10 @@ def _require_finite(world: World, **tensors: Tensor) -> None:
     """Every process stops where one of them must: the others would wait for it."""
     for name, tensor in tensors.items():
         if world.maximum(float(not bool(tensor.isfinite().all()))):
+            by_function = name.startswith("rewards of ") and not name.endswith(" model")
             raise DivergenceError(
-                f"{name.replace('_', ' ')} of this round are not finite",
-                remedy="Lower ppo.learning_rate; the checkpoint before this round is intact.",
+                f"{name.replace('_', ' ') if not by_function else name} of this round are not finite",
+                remedy="Have the function return smaller numbers: they are kept in float32."
+                if by_function
+                else "Lower ppo.learning_rate; the stage then starts anew.",
             )

@@ -49,6 +49,7 @@ def stage_inputs(stage: StageName, config: PipelineConfig, run: RunDirectory) ->
         "stage": stage,
         "code_version": pipeline.__version__,
         "seed": config.seed,
+        "deterministic": config.deterministic,
         "base": base | {"weights": locate(config.base).weights, "chat_template": _text(config.base.chat_template)},
         "settings": _settings(stage, config),
         "data": _data(stage, config),

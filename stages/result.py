@@ -13,7 +13,7 @@ from pipeline.artifacts import BaseIdentity, Manifest, digest, folder_files, wri
 from pipeline.config_file import LoadedConfig
 from pipeline.memory import peak_memory_bytes, reset_peak
 from pipeline.rewards import Calibration
-from pipeline.run_directory import RunDirectory, StageName
+from pipeline.run_directory import RunDirectory, StageName, read_json
 
 
 @dataclass
@@ -65,7 +65,7 @@ def finish(
             inputs=inputs,
             inputs_digest=digest(inputs),
             parents=inputs["parents"],
-            lora=loaded.config.lora.model_dump(mode="json"),
+            lora=loaded.config.lora.model_dump(mode="json") | _shape_of_adapter(draft),
             metrics=dict(metrics),
             seconds=round(clock.seconds, 3),
             peak_memory_bytes=peak_memory_bytes(),
@@ -77,3 +77,13 @@ def finish(
         )
         write_manifest(draft, manifest)
     return manifest
+
+
+def _shape_of_adapter(folder: Path) -> dict[str, Any]:
+    """What PEFT has written of the adapter there, if there is one: it may be of other settings than the config has."""
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    ours = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rank_stabilized": "use_rslora"}
+    return {name: found[theirs] for name, theirs in ours.items()}

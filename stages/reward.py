@@ -66,6 +66,7 @@ from stages.trl_training import (
     open_checkpoints,
     padding_tokenizer,
     quiet_libraries,
+    taking_options,
     train,
 )
 
@@ -115,7 +116,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         say(shards.sentence)
 
     # 4. Optimizer
-    trainer = build_trainer(model, chat, arguments, train_pairs, held_out_pairs, shards)
+    with taking_options("reward", loaded):
+        trainer = build_trainer(model, chat, arguments, train_pairs, held_out_pairs, shards)
 
     # 5. Loop
     train_loss = train(trainer, TrainingReport("reward", run), checkpoints)

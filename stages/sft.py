@@ -55,6 +55,7 @@ from stages.trl_training import (
     open_checkpoints,
     padding_tokenizer,
     quiet_libraries,
+    taking_options,
     train,
 )
 
@@ -97,7 +98,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         say(roles.shards.sentence)
 
     # 4. Optimizer
-    trainer = build_trainer(roles, arguments, train_rows, held_out_rows)
+    with taking_options("sft", loaded):
+        trainer = build_trainer(roles, arguments, train_rows, held_out_rows)
     require_separate_rows(roles, trainer)
     tokens = settings.microbatch_size * settings.max_length
     budget = MemoryBudget("sft.microbatch_size * sft.max_length", tokens, say, alone=roles.shards is None)

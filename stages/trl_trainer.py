@@ -165,8 +165,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         return DivergenceError(
             f"{quantity} is not finite at step {self.state.global_step + 1}",
             where=self.stage,
-            remedy=f"Lower {self.stage}.learning_rate or {self.stage}.max_grad_norm, or look at the rows of the"
-            " step. The last checkpoint is intact.",
+            remedy=f"Look at the rows of the step, or lower {self.stage}.learning_rate or {self.stage}.max_grad_norm;"
+            " with another setting the stage starts anew.",
         )
 
     def _less_memory(self, inputs: Microbatch) -> str:

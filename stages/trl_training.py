@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,10 +20,12 @@ from pipeline.chat import ChatFormat
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.config_file import LoadedConfig
 from pipeline.distributed import World
-from pipeline.errors import DivergenceError
+from pipeline.errors import ConfigError, DivergenceError, TrivetError
+from pipeline.memory import is_out_of_memory
 from pipeline.metrics import MetricsWriter
 from pipeline.progress import Progress, progress, say
 from pipeline.run_directory import RunDirectory, StageName
+from pipeline.trl_options import TrainerStage
 from stages.interruption import Interrupted, asked_of_any, deferred
 from stages.trl_trainer import TRAINER_STATE
 
@@ -45,6 +48,28 @@ def open_checkpoints(stage: StageName, loaded: LoadedConfig, run: RunDirectory, 
     """The stage's checkpoints; those of other settings or data do not count."""
     settings = loaded.config.sft if stage == "sft" else loaded.config.reward
     return CheckpointFolder(checkpoint_folder(stage, run), inputs_digest=inputs_digest, keep_last=settings.keep_last)
+
+
+@contextmanager
+def taking_options(stage: TrainerStage, loaded: LoadedConfig) -> Iterator[None]:
+    """A block that makes a trainer: what it says of TRL's own options becomes an error that names them.
+
+    Raises:
+        ConfigError: the trainer refuses what the pass-through asks for.
+    """
+    given = getattr(loaded.config, stage).trl
+    try:
+        yield
+    except TrivetError:
+        raise
+    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        if not given or is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"the trainer does not take these options here: {type(error).__name__}: {error}",
+            where=f"{stage}.trl",
+            remedy=f"Change or remove one of {', '.join(sorted(given))}.",
+        ) from error
 
 
 def padding_tokenizer(chat: ChatFormat) -> Any:
@@ -117,7 +142,7 @@ class TrainingReport(TrainerCallback):  # type: ignore[misc]
             raise DivergenceError(
                 f"the held-out loss is not finite at step {state.global_step}",
                 where=self._stage,
-                remedy=f"Lower {self._stage}.learning_rate. The last checkpoint is intact.",
+                remedy=f"Lower {self._stage}.learning_rate; the stage then starts anew.",
             )
 
 

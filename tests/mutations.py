@@ -66,7 +66,7 @@ TABLE = (
         "stages/experience.py",
         "mask_BT = length_mask(lengths_B, size)",
         "mask_BT = length_mask(lengths_B, size)"
-        " & (pad_rows([torch.tensor(r.ids) for r in responses], size) != chat.tokenizer.pad_token_id)",
+        " & (pad_rows([torch.tensor(r.response) for r in episodes], size) != roles.base.chat.tokenizer.pad_token_id)",
         (f"{GENERATION}::test_what_the_pad_token_is_changes_nothing",),
     ),
     Mutation(
@@ -967,7 +967,7 @@ TABLE = (
     Mutation(
         "a figure that somebody edited is believed",
         "pipeline/artifacts.py",
-        "if checksum != digest(plain):",
+        "if checksum != found:",
         "if False:",
         (
             f"{ARTIFACTS}::test_a_figure_that_was_edited_by_hand_is_noticed",

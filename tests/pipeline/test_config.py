@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,52 @@ def test_contradictions_come_beside_malformed_values(tmp_path: Path) -> None:
 def test_a_malformed_value_is_not_taken_for_its_default(tmp_path: Path) -> None:
     message = fault(tmp_path, "ppo.iterations=many", "ppo.critic_warmup_iterations=150")
     assert "critic_warmup" not in message and "ppo.iterations" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sft.epochs=3", "sft={epochs: 2}"], "the overrides sft.epochs and sft.epochs are of one setting"),
+        (["sft.trl={a: 1}", "sft.trl={}"], "given twice"),
+        (["sft={}", "sft.epochs=2"], "the overrides sft and sft.epochs are of one setting"),
+        (["seed=2024-13-45"], "is not valid YAML"),
+        (["seed=-0b_"], "is not valid YAML"),
+        (["seed=" + "9" * 5000], "is not valid YAML"),
+        (["seed=!!bool maybe"], "is not valid YAML"),
+        (["seed=!!int ''"], "is not valid YAML"),
+        (["seed=!!timestamp foo"], "is not valid YAML"),
+        (["seed=99999999999999999999"], "less than 4294967296"),
+        (["seed={{ name }}"], "a key in line 1 is itself a group of settings"),
+        (["run_dir="], "run_dir"),
+    ],
+)
+def test_overrides_that_cannot_be_meant(tmp_path: Path, overrides: list[str], words: str) -> None:
+    assert words in fault(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!int ''", "!!timestamp foo", "2024-13-45", "{{ name }}"])
+def test_values_of_a_file_that_are_not_what_they_say(tmp_path: Path, value: str) -> None:
+    assert "run.yaml" in fault(tmp_path, text=f"run_dir: x\nseed: {value}\n")
+
+
+def test_a_group_as_an_override_changes_what_it_names_alone(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "lora={rank: 8}", "sft={epochs: 3}", lora={"alpha": 5}, sft={"max_length": 99}, ppo={})
+    config = loaded.config
+    assert (config.lora.rank, config.lora.alpha, config.sft.epochs, config.sft.max_length) == (8, 5, 3, 99)
+    origins = {key: loaded.origins[key] for key in ("lora.rank", "lora.alpha", "lora.dropout", "ppo.iterations")}
+    assert list(origins.values()) == ["override", "file", "default", "default"]
+
+
+def test_numbers_and_merged_groups_are_read_as_people_write_them(tmp_path: Path) -> None:
+    text = """
+        run_dir: x
+        base: {model: org/model}
+        sft: &shared {batch_size: 16, trl: {lr_scheduler_kwargs: {min_lr: 1e-5, other: 2E3}}}
+        reward: {<<: *shared, max_length: 99, trl: {}}
+    """
+    config = load(tmp_path, text=textwrap.dedent(text)).config
+    assert config.sft.trl["lr_scheduler_kwargs"] == {"min_lr": 1e-5, "other": 2000.0}
+    assert (config.reward.batch_size, config.reward.max_length) == (16, 99)
 
 
 # ---- contradictions, each with the key to change

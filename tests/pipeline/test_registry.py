@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,9 +110,16 @@ def test_a_damaged_run_is_not_promoted(registry: Registry, run: RunDirectory) ->
     assert list((registry.root / "versions").iterdir()) == []
 
 
-def test_an_unreadable_history_is_named(registry: Registry) -> None:
+EVENT = '{"action": "promote", "time": "", "run_dir": "", "digest": "", "figures": {}, "version": VERSION}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", *('{"history": [' + EVENT.replace("VERSION", version) + "]}" for version in ('"1"', "1.0", "0", "1e999"))],
+)
+def test_an_unreadable_history_is_named(registry: Registry, content: str) -> None:
     registry.root.mkdir()
-    (registry.root / "registry.json").write_text("{}")
+    (registry.root / "registry.json").write_text(content)
     with pytest.raises(RegistryError, match=r"registry\.json: the history is not readable"):
         _ = registry.current
 
@@ -166,3 +174,10 @@ def test_the_command(tmp_path: Path, loaded: LoadedConfig, monkeypatch: pytest.M
     assert history["current"] == 1
     assert [event["note"] for event in history["history"]] == ["good enough"]
     assert load_config(loaded.path).config.registry.folder == "registry"
+
+
+def test_a_version_whose_files_are_gone_is_not_gone_back_to(registry: Registry, run: RunDirectory) -> None:
+    registry.promote(run, STAGES, figures={})
+    shutil.rmtree(registry.root / "versions")
+    with pytest.raises(RegistryError, match="the files of version 1 are gone"):
+        registry.rollback(1)

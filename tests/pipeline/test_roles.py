@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from pipeline.artifacts import MANIFEST, BaseIdentity
 from pipeline.base_model import Base, load_base
 from pipeline.chat import ChatFormat
-from pipeline.config import BaseSettings
-from pipeline.errors import ArtifactError, IncompatibleAdapterError
+from pipeline.config import BaseSettings, LoraSettings
+from pipeline.errors import ArtifactError, ConfigError, IncompatibleAdapterError
 from pipeline.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, ROLES, Role, Roles
 from pipeline.scoring import score_rewards
 
@@ -412,3 +412,11 @@ def test_an_adapter_of_another_width_is_refused(tmp_path):
     config_file.write_text(json.dumps(config | {"r": 2}))
     with pytest.raises(ArtifactError):
         Roles(loaded_tiny_base(tmp_path, "llama")).add_weights("policy", tmp_path / "saved")
+
+
+@pytest.mark.parametrize("modules", [["nope"], ["input_layernorm"]])
+def test_modules_that_can_have_no_adapter_are_named(tmp_path, modules):
+    settings = LoraSettings.model_validate({"target_modules": modules})
+    with pytest.raises(ConfigError, match=modules[0]) as caught:
+        Roles(loaded_tiny_base(tmp_path)).add_fresh("policy", settings)
+    assert caught.value.where == "lora.target_modules"

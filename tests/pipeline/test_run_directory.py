@@ -172,7 +172,15 @@ def test_another_config_is_refused(tmp_path):
     write_json(run.root / "run.json", owner | {"layout_version": LAYOUT_VERSION + 1})
     with pytest.raises(RunDirectoryError, match="newer trivet"):
         RunDirectory.open(loaded)
-    for edited in ("{", "[]", "{}", '{"layout_version": "new"}', '{"layout_version": NaN}', "[" * 100_000):
+    for edited in (
+        "{",
+        "[]",
+        "{}",
+        '{"layout_version": "new"}',
+        '{"layout_version": NaN}',
+        '{"layout_version": 1e999}',
+        "[" * 100_000,
+    ):
         (run.root / "run.json").write_text(edited)
         with pytest.raises(RunDirectoryError, match="not readable"):
             RunDirectory.open(loaded)

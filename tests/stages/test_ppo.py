@@ -804,3 +804,11 @@ def test_ppo_learns_what_is_rewarded(tmp_path):
     assert first is not None and last is not None
     assert last > first + 0.25, [row["objective/score"] for row in rows]
     assert rows[-1]["kl/policy_reference_k1"] > 0.1  # type: ignore[operator]
+
+
+def test_the_manifest_tells_of_the_adapter_that_lies_beside_it(tmp_path):
+    settings = ("ppo.rewards=[{function: tiny_data.py:share_of_a}]", "ppo.iterations=1", "ppo.held_out.every=null")
+    run = publish_sft(whole_config(tmp_path, *settings))
+    manifest = ppo.run(whole_config(tmp_path, *settings, "lora.rank=16", "lora.alpha=3"), run)
+    found = json.loads((run.stage("ppo") / "adapter_config.json").read_text())
+    assert (manifest.lora["rank"], manifest.lora["alpha"]) == (found["r"], found["lora_alpha"]) != (16, 3)

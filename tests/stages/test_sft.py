@@ -27,6 +27,7 @@ from pipeline.records import Demonstration, Message, Origin, TokenizedExample
 from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.trl_options import sft_arguments
+from stages.trl_training import taking_options
 
 QUESTIONS = ("sun", "the sea is", "sky and clouds", "ice", "oak, elm, ash and beech", "fox", "owls", "bees hum")
 
@@ -389,3 +390,12 @@ def test_the_best_checkpoint_is_the_result_where_trl_is_asked_for_it(tmp_path: P
     assert losses[0] is not None and losses[1] is not None and losses[0] - losses[1] > 0.01
     # Rows of one length and mean over batches of one size: the same as the mean over tokens.
     assert metrics["held_out_loss_after"] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_what_a_trainer_says_of_its_options_names_them(tmp_path: Path) -> None:
+    with_options = tiny_config(tmp_path, sft={"trl": {"activation_offloading": True}})
+    with pytest.raises(ConfigError, match=r"sft\.trl: the trainer does not take these options here: AttributeError: x"):
+        with taking_options("sft", with_options):
+            raise AttributeError("x")
+    with pytest.raises(AttributeError), taking_options("sft", tiny_config(tmp_path)):
+        raise AttributeError("a fault of our own")
