@@ -33,6 +33,25 @@ def group_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+class PaddingTally:
+    """Counts the tokens of forward passes, and the padding among them."""
+
+    def __init__(self) -> None:
+        self._tokens = self._padding = 0
+
+    def count(self, lengths: Sequence[int]) -> None:
+        """A pass over sequences of these lengths, padded to the longest."""
+        size = len(lengths) * max(lengths)
+        self._tokens += size
+        self._padding += size - sum(lengths)
+
+    def take(self) -> tuple[int, int]:
+        """Padding and all tokens, padding included, since this was last asked."""
+        taken = self._padding, self._tokens
+        self._tokens = self._padding = 0
+        return taken
+
+
 def pad(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids of B sequences -> right-padded ids [B, L] and their bool mask [B, L]."""
     lengths_B = torch.tensor([len(sequence) for sequence in sequences])

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.artifacts import Manifest, read_manifest, require_same_base
 from pipeline.base_model import Base
-from pipeline.batching import group_by_tokens
+from pipeline.batching import PaddingTally, group_by_tokens
 from pipeline.config import LoraSettings
 from pipeline.distributed import World
 from pipeline.errors import ArtifactError, ConfigError
@@ -68,6 +68,8 @@ class Roles:
             shards.show_quantization()
         self.between_passes: Callable[[], None] = _go_on
         """Called before each forward pass that scores sequences; may raise to stop the work."""
+        self.padding = PaddingTally()
+        """Of all passes over microbatches."""
 
     # -- what there is
 
@@ -279,7 +281,11 @@ class Roles:
         Where the base is shared out, every process must come here with as many sequences.
         """
         groups = group_by_tokens(lengths, max_tokens)
-        return groups if self.shards is None else self.shards.in_step(groups)
+        if self.shards is not None:
+            groups = self.shards.in_step(groups)
+        for group in groups:
+            self.padding.count([lengths[index] for index in group])
+        return groups
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The output head: hidden states [..., D] -> logits [..., V], with the architecture's own scaling."""

@@ -105,6 +105,9 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         temperature=config.evaluation_temperature,
         batch_size=config.evaluate.batch_size,
         weights=config.ppo.rollout.weights,
+        engine=config.ppo.rollout.engine,
+        server=config.ppo.rollout.server,
+        vllm=config.ppo.rollout.vllm,
     )
     budgets = Budgets(
         MemoryBudget("ppo.microbatch_tokens", config.ppo.microbatch_tokens, say, alone=roles.shards is None),

@@ -14,8 +14,8 @@ import torch
 
 from pipeline.artifacts import BaseIdentity, Manifest, read_manifest, require_same_base
 from pipeline.config import PipelineConfig, PPOSettings
+from pipeline.engines import generate, require_engine_for
 from pipeline.errors import StartupGateError
-from pipeline.generation import generate
 from pipeline.records import Prompt
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory, StageName
@@ -55,6 +55,7 @@ def check_startup(
     chat = roles.base.chat
     prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts[:_PROMPTS]]
     sampling = replace(sampling_settings(ppo), max_new_tokens=min(_NEW_TOKENS, ppo.max_new_tokens))
+    require_engine_for(roles, sampling)
     responses = budgets.fit_responses(
         sampling,
         len(prompt_ids),
