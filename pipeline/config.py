@@ -279,6 +279,10 @@ class PPOSettings(Section):
     """Passes over a round's responses."""
     microbatch_tokens: int = Field(4096, ge=16)
     """Tokens (padding included) in one forward pass of a process; lower it when memory runs out."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Sequences of a forward pass stand one behind the other instead of padded to the longest. `auto`: where the base's
+    attention is a flash kernel (`base.attention`); any other masks all pairs of a pass's tokens, which takes memory
+    and time that grow with their square."""
     rollout: RolloutSettings = RolloutSettings()
     """How responses are sampled; the calibration of the reward model and the evaluation follow it."""
     max_prompt_tokens: int = Field(512, ge=1)
@@ -636,10 +640,10 @@ class PipelineConfig(Section):
                 "ppo.rollout.engine is 'vllm', whose log-probabilities are either tempered and filtered or neither, and"
                 " ppo.temperature is set beside a filter; set ppo.temperature=1, or ppo.top_p=1 and ppo.top_k=0"
             )
-        if rollout.engine == "vllm" and self.launch.strategy == "fsdp" and rollout.server is None:
+        if rollout.engine == "vllm" and self.launch.world_size > 1 and rollout.server is None:
             yield (
-                "ppo.rollout.engine is 'vllm' and launch.strategy is 'fsdp': vLLM would hold a whole base beside each"
-                " process's share; set ppo.rollout.server, or another engine"
+                f"ppo.rollout.engine is 'vllm', which each of {self.launch.world_size} processes would start on the"
+                " same GPU; set ppo.rollout.server, or another engine"
             )
 
     def _launch_contradictions(self) -> Iterator[str]:

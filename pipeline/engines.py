@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from pipeline import generation
 from pipeline.config import EngineChoice, RolloutSettings
 from pipeline.generation import Response, SamplingSettings
-from pipeline.paged_engine import require_pageable, sample_paged, uses_flash_attention
+from pipeline.paged_engine import require_pageable, sample_paged
 from pipeline.roles import Role, Roles
 from pipeline.vllm_engine import require_vllm, sample_with_vllm
 
@@ -49,7 +49,7 @@ def chosen_engine(roles: Roles, engine: EngineChoice) -> EngineName:
     """The engine that a choice comes to: `auto` is paged over flash attention on CUDA, where the base is whole."""
     if engine != "auto":
         return engine
-    fast = roles.device.type == "cuda" and uses_flash_attention(roles) and roles.shards is None
+    fast = roles.device.type == "cuda" and roles.uses_flash_attention and roles.shards is None
     return "paged" if fast else "generate"
 
 

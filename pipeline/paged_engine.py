@@ -81,17 +81,12 @@ def require_pageable(roles: Roles, sampling: SamplingSettings) -> None:
         problem = "the base is shared out among processes, and continuous batching needs it whole"
     elif not roles.base.model._supports_attention_backend:
         problem = f"the architecture {config.model_type} has an attention of its own, which knows no pages"
-    elif getattr(config, "attn_logit_softcapping", None) and not uses_flash_attention(roles):
+    elif getattr(config, "attn_logit_softcapping", None) and not roles.uses_flash_attention:
         problem = f"the architecture {config.model_type} caps its attention, which pages without flash attention ignore"
     if problem is not None:
         raise ConfigError(
             problem, where="ppo.rollout.engine=paged", remedy="Set ppo.rollout.engine=generate, or leave it at auto."
         )
-
-
-def uses_flash_attention(roles: Roles) -> bool:
-    """Whether the base's attention is a flash kernel, which needs no masks."""
-    return "flash" in str(roles.base.model.config._attn_implementation)
 
 
 def _run(
@@ -156,7 +151,7 @@ def _manager(
 
 def _settings(roles: Roles, prompts: Sequence[Sequence[int]], sampling: SamplingSettings) -> ContinuousBatchingConfig:
     """As many pages as the responses that are under way at one time can fill."""
-    flash = uses_flash_attention(roles)
+    flash = roles.uses_flash_attention
     page = _FLASH_PAGE if flash else _MASKED_PAGE
     at_once = min(sampling.batch_size, len(prompts))
     longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens

@@ -114,6 +114,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     add_critic(roles, ppo)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
+    roles.pack(ppo.packing)
     budgets = Budgets.of(ppo, say, alone=roles.shards is None)
     rewards = RewardSum(ppo.rewards, reward_model_scores(roles, calibration, budgets))
     roles.between_passes = partial(stop_alone, world)
@@ -315,7 +316,11 @@ def paths_taken(roles: Roles, ppo: PPOSettings, sampler_gap: float) -> str:
     reused = ppo.rollout.reuse_logprobs and sampler_gap <= ppo.rollout.max_logprob_gap
     old = "the sampler's" if reused else "from a pass of the policy"
     values = "the value adapter's pass" if ppo.critic == "adapter" else "wherever those come from"
-    return f"Samples come from {weights} by {engine}, old log-probabilities are {old}, values come from {values}."
+    passes = "packed" if roles.packs else "padded to like lengths"
+    return (
+        f"Samples come from {weights} by {engine}, old log-probabilities are {old}, values come from {values};"
+        f" sequences are {passes}."
+    )
 
 
 def add_critic(roles: Roles, ppo: PPOSettings) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import vllm_interface
-from tiny_models import loaded_tiny_base, tiny_config
+from tiny_models import loaded_tiny_base
 from tiny_ppo import favour_token, perturb, policy_roles, ppo_roles, sharp_base, tiny_round
 
 from pipeline import engines, generation
@@ -312,20 +312,3 @@ def test_a_server_that_does_otherwise_is_refused(tmp_path, options, error, said)
         pytest.raises(error, match=said),
     ):
         engines.generate(roles, "policy", PROMPTS[:1], by_vllm(server=address), seed=SEED)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["ppo.rollout.server=http://x"], "ppo.rollout.engine=vllm"),
-        (["ppo.rollout.engine=vllm", "ppo.rollout.weights=merged"], "takes the adapter"),
-        (["ppo.rollout.engine=vllm", "ppo.rollout.server=http://x", "ppo.rollout.vllm.seed=1"], "remove one"),
-        (
-            ["ppo.rollout.engine=vllm", "ppo.temperature=0.7", "ppo.top_k=3", "ppo.allow_biased_sampling=true"],
-            "beside a filter",
-        ),
-    ],
-)
-def test_settings_of_engines_that_contradict_each_other(tmp_path, overrides, said):
-    with pytest.raises(ConfigError, match=said):
-        tiny_config(tmp_path, *overrides)
