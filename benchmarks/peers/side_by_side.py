@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times other trainers on trivet's workload.")
     parser.add_argument("--only", default=",".join(PEERS), help="some of: " + ", ".join(PEERS))
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--iterations", type=int, default=1, help="measured iterations, after one to warm up")
+    parser.add_argument("--iterations", type=int, default=1, help="after one to warm up; 0 measures that one")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",")
