@@ -4,7 +4,7 @@ An environment is made once, with pip, in `~/.cache/trivet/peers`; it is made ag
 peer gets the base's folder, the prompts as token ids, and the sizes, and says what trivet's benchmark says of itself.
 
     python benchmarks/peers/side_by_side.py [--only trl-1.12.0] [--dtype auto|float32|bfloat16] [--iterations 1]
-        [--output FILE]
+        [--prompts 32] [--new-tokens 48] [--output FILE]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the workload is the benchmark's
 
-from ppo_iteration import MODEL, NEW_TOKENS, workload
+from ppo_iteration import MODEL, Workload, questions
 
 from pipeline.base_files import as_folder, read_tokenizer
 from pipeline.base_model import compute_dtype
@@ -50,16 +50,16 @@ def environment(peer: str, cache: Path) -> Path:
     return python
 
 
-def given(dtype: str, iterations: int) -> dict[str, Any]:
+def given(work: Workload, iterations: int) -> dict[str, Any]:
     """The workload as a peer reads it."""
-    settings = BaseSettings.model_validate({"model": MODEL, "dtype": dtype})
+    settings = BaseSettings.model_validate({"model": MODEL, "dtype": work.dtype})
     folder = as_folder(locate(settings), settings)
     chat = ChatFormat(read_tokenizer(folder, settings))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "model": str(folder),
-        "prompts": [list(chat.prompt_ids(prompt.prompt)) for prompt in workload()],
-        "new_tokens": NEW_TOKENS,
+        "prompts": [list(chat.prompt_ids(prompt.prompt)) for prompt in questions(work.prompts)],
+        "new_tokens": work.new_tokens,
         "minibatch_size": 8,
         "ppo_epochs": 1,
         "lora_rank": 16,
@@ -68,12 +68,12 @@ def given(dtype: str, iterations: int) -> dict[str, Any]:
     }
 
 
-def measure(peer: str, dtype: str, iterations: int) -> dict[str, Any]:
+def measure(peer: str, work: Workload, iterations: int) -> dict[str, Any]:
     """What a peer's script says of an iteration; what it prints goes to the error stream."""
     python = environment(peer, Path(BaseSettings(model=MODEL).cache_dir).expanduser())
     with tempfile.TemporaryDirectory(prefix="trivet-bench-") as folder:
         asked, answer = Path(folder) / "workload.json", Path(folder) / "result.json"
-        asked.write_text(json.dumps(given(dtype, iterations)))
+        asked.write_text(json.dumps(given(work, iterations)))
         command = [str(python), str(FOLDER / f"{PEERS[peer]}.py"), str(asked), str(answer)]
         variables = child_environment(LaunchSettings())
         variables.pop("PYTHONPATH", None)  # trivet's packages are not the peer's
@@ -88,10 +88,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PEERS), help="some of: " + ", ".join(PEERS))
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--iterations", type=int, default=1, help="after one to warm up; 0 measures that one")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",")
-    result = {peer: measure(peer, arguments.dtype, arguments.iterations) for peer in PEERS if peer in chosen}
+    work = Workload("head", arguments.dtype, arguments.prompts, arguments.new_tokens)
+    result = {peer: measure(peer, work, arguments.iterations) for peer in PEERS if peer in chosen}
     text = json.dumps(result, indent=2)
     if arguments.output:
         arguments.output.write_text(text + "\n")
