@@ -225,6 +225,27 @@ TABLE = (
         (f"{ENGINES}::test_a_round_with_vllm_computes_what_vllm_does_not_say",),
     ),
     Mutation(
+        "quantized weights are kept whatever they were made from",
+        "pipeline/quantized_cache.py",
+        '        "weights": identity.weights,\n',
+        "",
+        (f"{BASE}::test_what_a_base_is_quantized_from_and_how_makes_another_copy",),
+    ),
+    Mutation(
+        "a copy of quantized weights that cannot be read ends every start",
+        "pipeline/base_model.py",
+        "shutil.rmtree(kept, ignore_errors=True)  # it is made again",
+        "raise",
+        (f"{BASE}::test_a_copy_that_cannot_be_read_is_made_again",),
+    ),
+    Mutation(
+        "what was quantized is quantized again at every start",
+        "pipeline/base_model.py",
+        "    if kept is not None and kept.exists():",
+        "    if False:",
+        (f"{BASE}::test_a_second_start_does_not_quantize_again",),
+    ),
+    Mutation(
         "packed sequences see each other",
         "pipeline/roles.py",
         "position_ids_1N = (mask_BL.long().cumsum(dim=1) - 1)[mask_BL][None]",
