@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 # Touched when the installation is complete; it is made again when what it depends on has changed.
 STAMP := $(VENV)/installed
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,8 +25,8 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## time a PPO iteration and what Prefect adds to a run; planned and measured memory
-	$(BIN)/python benchmarks/bench.py
+bench: $(STAMP) ## time a PPO iteration and what Prefect adds to a run; memory; with BENCH_ARGS=--peers other trainers
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 environment: $(STAMP) ## only set up .venv
 

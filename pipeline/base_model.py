@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import bitsandbytes
@@ -28,7 +30,10 @@ from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
 from pipeline.merged_model import int8_scale, nf4_constants
+from pipeline.quantized_cache import keep, kept_folder
 from pipeline.sharding import unknown_to_libraries, whole_tensor
+
+_UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -55,29 +60,44 @@ def load_base(base: BaseSettings, device: torch.device | str | None = None) -> B
     folder = as_folder(locate(base), base)
     chat = ChatFormat(read_tokenizer(folder, base))
     dtype = compute_dtype(base, device)
-    try:
-        quantization = _quantization(base, dtype)
+    identity = base_identity(base, chat, device)
+    kept = kept_folder(base, identity, {"quant_storage": str(_quant_storage(base, dtype))}, device)
+
+    def read(source: Path, **quantization: Any) -> Any:
         with unknown_to_libraries():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
+            return AutoModelForCausalLM.from_pretrained(
+                source,
                 dtype=dtype,
                 device_map={"": device},
-                quantization_config=quantization,
+                **quantization,
                 attn_implementation=_attention(base, device),
                 trust_remote_code=base.trust_remote_code,
                 use_safetensors=True,
             )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise BaseModelError(
-            f"the base cannot be loaded: {str(error).splitlines()[0]}",
-            where=f"base.model={base.model}",
-            remedy="trivet doctor shows what is installed; base.quantization and base.attention may ask for more.",
-        ) from error
+
+    model = None
+    if kept is not None and kept.exists():
+        try:
+            model = read(kept)  # its config says how it is quantized
+        except _UNREADABLE:
+            shutil.rmtree(kept, ignore_errors=True)  # it is made again
+    if model is None:
+        try:
+            model = read(folder, quantization_config=_quantization(base, dtype))
+        except _UNREADABLE as error:
+            raise BaseModelError(
+                f"the base cannot be loaded: {str(error).splitlines()[0]}",
+                where=f"base.model={base.model}",
+                remedy="trivet doctor shows what is installed; base.quantization and base.attention may ask for more.",
+            ) from error
+        if kept is not None:
+            keep(model, kept)
+    model.config._name_or_path = str(folder)
     model.requires_grad_(False)
     model.generation_config = type(model.generation_config)()  # sampling settings are trivet's, not the checkpoint's
     _keep_4bit_storage_as_it_is(model)
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    return Base(cast(PreTrainedModel, model), chat, base_identity(base, chat, device), device)
+    return Base(cast(PreTrainedModel, model), chat, identity, device)
 
 
 def base_identity(base: BaseSettings, chat: ChatFormat, device: torch.device) -> BaseIdentity:

@@ -15,6 +15,9 @@ KL_ERROR_CLIP = 0.2
 """Bound of the adaptive KL controller's proportional error (Ziegler et al. 2019)."""
 
 
+EngineChoice = Literal["auto", "generate", "paged", "vllm"]
+
+
 class Section(BaseModel):
     """A group of settings. Unknown keys are refused; values do not change after loading."""
 
@@ -234,6 +237,15 @@ class GuardSettings(Section):
 class RolloutSettings(Section):
     """How the policy samples."""
 
+    engine: EngineChoice = "auto"
+    """`generate`: transformers' own. `paged`: transformers' continuous batching: a finished response makes room for
+    the next, and prompts share what they begin with. `vllm`: vLLM, in this process or on a `server`; chance is vLLM's
+    own then. `auto`: paged over flash attention (`base.attention`) on CUDA, else generate."""
+    server: str | None = Field(None, pattern=r"^https?://")
+    """For `vllm`: address of a vLLM server that has the same base, and sees the folder for temporary files, through
+    which it gets the adapter: `http://localhost:8000`. None: vLLM runs in this process."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """For `vllm` in this process: further options of its `LLM`, such as `gpu_memory_utilization: 0.3`."""
     weights: Literal["auto", "merged", "adapter"] = "auto"
     """`merged`: from a copy of the base in 16 bits (or its dtype) with the adapter merged in, which exists while it
     samples. `adapter`: from the quantized base with the adapter on it, slower and without the copy. `auto`: merged
@@ -267,6 +279,10 @@ class PPOSettings(Section):
     """Passes over a round's responses."""
     microbatch_tokens: int = Field(4096, ge=16)
     """Tokens (padding included) in one forward pass of a process; lower it when memory runs out."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Sequences of a forward pass stand one behind the other instead of padded to the longest. `auto`: where the base's
+    attention is a flash kernel (`base.attention`); any other masks all pairs of a pass's tokens, which takes memory
+    and time that grow with their square."""
     rollout: RolloutSettings = RolloutSettings()
     """How responses are sampled; the calibration of the reward model and the evaluation follow it."""
     max_prompt_tokens: int = Field(512, ge=1)
@@ -549,6 +565,7 @@ class PipelineConfig(Section):
                 f"ppo.top_p={ppo.top_p:g}, ppo.top_k={ppo.top_k} filter the samples, which biases the KL estimate;"
                 " set ppo.top_p=1 and ppo.top_k=0, or ppo.allow_biased_sampling=true to accept that"
             )
+        yield from self._rollout_contradictions()
         if not ppo.rewards:
             yield "ppo.rewards is empty: there is nothing to maximize; name a source, for example [{weight: 1.0}]"
         least = math.ceil(self.responses_per_iteration * KL_ERROR_CLIP) + 1
@@ -602,6 +619,32 @@ class PipelineConfig(Section):
             weighted = [source.weight is not None for source in sources]
             if any(weighted) and not all(weighted):
                 yield f"data.{kind}.sources: some have a weight and some have none; give all of them one, or none"
+
+    def _rollout_contradictions(self) -> Iterator[str]:
+        ppo, rollout = self.ppo, self.ppo.rollout
+        for key in ("server", "vllm"):
+            if key in rollout.model_fields_set and getattr(rollout, key) and rollout.engine != "vllm":
+                yield (
+                    f"ppo.rollout.{key} is set, but ppo.rollout.engine is '{rollout.engine}';"
+                    f" set ppo.rollout.engine=vllm, or remove ppo.rollout.{key}"
+                )
+        if rollout.engine == "vllm" and rollout.server is not None and rollout.vllm:
+            yield "ppo.rollout.vllm is for vLLM in this process, and ppo.rollout.server is set too; remove one of them"
+        if rollout.engine == "vllm" and "weights" in rollout.model_fields_set and rollout.weights != "adapter":
+            yield (
+                f"ppo.rollout.weights is '{rollout.weights}', but vLLM has weights of its own and takes the adapter;"
+                " set ppo.rollout.weights=adapter, or remove it"
+            )
+        if rollout.engine == "vllm" and ppo.temperature != 1.0 and (ppo.top_p != 1.0 or ppo.top_k != 0):
+            yield (
+                "ppo.rollout.engine is 'vllm', whose log-probabilities are either tempered and filtered or neither, and"
+                " ppo.temperature is set beside a filter; set ppo.temperature=1, or ppo.top_p=1 and ppo.top_k=0"
+            )
+        if rollout.engine == "vllm" and self.launch.world_size > 1 and rollout.server is None:
+            yield (
+                f"ppo.rollout.engine is 'vllm', which each of {self.launch.world_size} processes would start on the"
+                " same GPU; set ppo.rollout.server, or another engine"
+            )
 
     def _launch_contradictions(self) -> Iterator[str]:
         launch, base = self.launch, self.base

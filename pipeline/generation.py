@@ -1,4 +1,6 @@
-"""Prompts -> responses, with the log-probability that each token was sampled with.
+"""Prompts -> responses, with the log-probability that each token was sampled with, by transformers' `generate`.
+
+`pipeline.engines` has the other ways, and chooses.
 
 Shape legend: B sequence, Q prompt token, T response token, V vocabulary.
 """
@@ -6,15 +8,16 @@ Shape legend: B sequence, Q prompt token, T response token, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
+from pipeline.config import EngineChoice
 from pipeline.errors import DivergenceError
 from pipeline.roles import Role, Roles, SamplingWeights
 
@@ -30,6 +33,11 @@ class SamplingSettings:
     top_p: float = 1.0
     batch_size: int = 64
     weights: SamplingWeights = "adapter"
+    engine: EngineChoice = "auto"
+    server: str | None = None
+    """Address of a vLLM server; None is vLLM in this process."""
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of vLLM's `LLM`."""
     ignore_eos: bool = False
     """Sample on after an EOS, so that every response has all its tokens: for benchmarks of a fixed size."""
 
@@ -201,6 +209,45 @@ class _StateReader:
         return torch.stack(self._columns, dim=1)
 
 
+class TokenDrawer:
+    """Draws tokens from logits as the settings say, one uniform number each."""
+
+    def __init__(self, sampling: SamplingSettings) -> None:
+        self._greedy, self._temperature = sampling.temperature == 0, sampling.temperature or 1.0
+        self._filters = LogitsProcessorList()
+        if sampling.top_k > 0:
+            self._filters.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._filters.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, scores: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] -> tokens [B] and the log-probability [B] that each had before filters, in nats.
+
+        Where logits are not finite, neither is the log-probability.
+        """
+        logits_BV = scores.float() / self._temperature
+        logprobs_BV = logits_BV - torch.logsumexp(logits_BV, dim=1, keepdim=True)
+        if self._greedy:
+            tokens_B1 = scores.argmax(dim=1, keepdim=True)
+        else:
+            tokens_B = draw(self._filters(cast(Any, None), logprobs_BV).exp(), uniforms_B)
+            tokens_B1 = tokens_B.clamp(max=logits_BV.shape[1] - 1)[:, None]  # what is no number sorts behind the last
+        return tokens_B1.squeeze(1), logprobs_BV.gather(1, tokens_B1).squeeze(1)
+
+
+def require_finite_logprobs(logprobs: Tensor) -> None:
+    """Refuse what was drawn from logits that are not finite.
+
+    Raises:
+        DivergenceError: a log-probability is infinite or NaN.
+    """
+    if not bool(logprobs.isfinite().all()):
+        raise DivergenceError(
+            "the logits that responses are sampled from are not finite",
+            remedy="Train with a lower learning rate; with 16 bits, try base.dtype=float32.",
+        )
+
+
 class _Sampler(LogitsProcessor):
     """Draws each token, leaves `generate` no other, and notes the log-probability that it had unfiltered."""
 
@@ -211,37 +258,25 @@ class _Sampler(LogitsProcessor):
         on_token: Callable[[], None] | None,
         on_drawn: Callable[[list[int]], None] | None = None,
     ) -> None:
-        self._greedy, self._temperature = sampling.temperature == 0, sampling.temperature or 1.0
-        self._on_token, self._on_drawn = on_token, on_drawn
+        self._draw, self._on_token, self._on_drawn = TokenDrawer(sampling), on_token, on_drawn
         self._uniforms_TB = uniforms_BT.T
-        self._filters = LogitsProcessorList()
-        if sampling.top_k > 0:
-            self._filters.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self._filters.append(TopPLogitsWarper(sampling.top_p))
         self._columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         if self._on_token is not None:
             self._on_token()
-        logits_BV = scores.float() / self._temperature
-        normalizer_B1 = torch.logsumexp(logits_BV, dim=1, keepdim=True)
-        if not bool(normalizer_B1.isfinite().all()):
-            raise DivergenceError(
-                "the logits that responses are sampled from are not finite",
-                remedy="Train with a lower learning rate; with 16 bits, try base.dtype=float32.",
-            )
-        logprobs_BV = logits_BV - normalizer_B1
-        if self._greedy:
-            tokens_B1 = scores.argmax(dim=1, keepdim=True)
-        else:
-            filtered_BV = self._filters(input_ids, logprobs_BV)
-            tokens_B1 = draw(filtered_BV.exp(), self._uniforms_TB[len(self._columns)])[:, None]
-        self._columns.append(logprobs_BV.gather(1, tokens_B1).squeeze(1))
+        tokens_B, logprobs_B = self._draw(scores, self._uniforms_TB[len(self._columns)])
+        require_finite_logprobs(logprobs_B)
+        self._columns.append(logprobs_B)
         if self._on_drawn is not None:
-            self._on_drawn(tokens_B1.squeeze(1).tolist())
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B1, 0.0)
+            self._on_drawn(tokens_B.tolist())
+        return only(scores, tokens_B)
 
     def logprobs(self) -> Tensor:
         """Log-probability of each token that was drawn, nats: [B, T]."""
         return torch.stack(self._columns, dim=1)
+
+
+def only(scores: Tensor, tokens_B: Tensor) -> Tensor:
+    """Logits [B, V] of which the likeliest, and the only possible, are these tokens."""
+    return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)

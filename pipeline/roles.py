@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.artifacts import Manifest, read_manifest, require_same_base
 from pipeline.base_model import Base
-from pipeline.batching import group_by_tokens
+from pipeline.batching import PaddingTally, group_by_tokens
 from pipeline.config import LoraSettings
 from pipeline.distributed import World
 from pipeline.errors import ArtifactError, ConfigError
@@ -38,6 +38,7 @@ from pipeline.sharding import Shards
 from pipeline.tensor_tree import save_tensors
 
 SamplingWeights = Literal["auto", "merged", "adapter"]
+Packing = Literal["auto", "always", "never"]
 Role = Literal["policy", "reference", "reward", "value"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -68,6 +69,10 @@ class Roles:
             shards.show_quantization()
         self.between_passes: Callable[[], None] = _go_on
         """Called before each forward pass that scores sequences; may raise to stop the work."""
+        self.padding = PaddingTally()
+        """Of all passes over microbatches."""
+        self.packs = False
+        """Whether the sequences of a pass stand one behind the other instead of padded."""
 
     # -- what there is
 
@@ -250,9 +255,20 @@ class Roles:
     def hidden_states(self, input_ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """The trunk's last hidden states [B, L, D] under the active role, for right-padded sequences."""
         trunk = trunk_of(self._causal_model)
+        if self.packs:
+            return _packed_states(trunk, input_ids_BL, mask_BL, told_the_kernel=self.uses_flash_attention)
         return cast(
             Tensor, trunk(input_ids=input_ids_BL, attention_mask=mask_BL.long(), use_cache=False).last_hidden_state
         )
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        """Whether the base's attention is a flash kernel, which needs no masks."""
+        return "flash" in str(self._causal_model.config._attn_implementation)
+
+    def pack(self, packing: Packing) -> None:
+        """Choose whether the sequences of a pass are packed; `auto` does over flash attention."""
+        self.packs = packing == "always" or (packing == "auto" and self.uses_flash_attention)
 
     @property
     def merged_bytes(self) -> int:
@@ -285,8 +301,12 @@ class Roles:
 
         Where the base is shared out, every process must come here with as many sequences.
         """
-        groups = group_by_tokens(lengths, max_tokens)
-        return groups if self.shards is None else self.shards.in_step(groups)
+        groups = group_by_tokens(lengths, max_tokens, packed=self.packs)
+        if self.shards is not None:
+            groups = self.shards.in_step(groups)
+        for group in groups:
+            self.padding.count([lengths[index] for index in group], packed=self.packs)
+        return groups
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The output head: hidden states [..., D] -> logits [..., V], with the architecture's own scaling."""
@@ -379,6 +399,25 @@ class Roles:
                 before, _, after = name.rpartition(f".{role}.")
                 found[f"{before}.{after}"] = parameter
         return found
+
+
+def _packed_states(trunk: nn.Module, input_ids_BL: Tensor, mask_BL: Tensor, *, told_the_kernel: bool) -> Tensor:
+    """The trunk's states of sequences that go through it one behind the other: [B, L, D], zeros at padding.
+
+    Positions begin anew with each, by which transformers' masks keep them apart; a kernel without masks is told where
+    each ends.
+    """
+    mask_BL = mask_BL.bool()
+    position_ids_1N = (mask_BL.long().cumsum(dim=1) - 1)[mask_BL][None]
+    told: dict[str, Any] = {}
+    if told_the_kernel:
+        lengths_B = mask_BL.sum(dim=1)
+        ends = nn.functional.pad(lengths_B.cumsum(dim=0), (1, 0)).to(torch.int32)
+        longest = int(lengths_B.max())
+        told = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    output = trunk(input_ids=input_ids_BL[mask_BL][None], position_ids=position_ids_1N, use_cache=False, **told)
+    states_ND = cast(Tensor, output.last_hidden_state)[0]
+    return states_ND.new_zeros(*mask_BL.shape, states_ND.shape[-1]).masked_scatter(mask_BL[..., None], states_ND)
 
 
 def _belongs_to(role: Role, name: str) -> bool:

@@ -27,6 +27,7 @@ from pipeline.chat import ChatFormat
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_prompts
 from pipeline.distributed import World, seed_everything
+from pipeline.engines import require_engine
 from pipeline.generation import SamplingSettings
 from pipeline.kl import kl_k1
 from pipeline.memory_budget import MemoryBudget
@@ -84,6 +85,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         function.probe(prompts)
 
     inputs = stage_inputs("evaluate", config, run)
+    require_engine(config.ppo.rollout)
     require_fitting_parents("evaluate", config, run, base_identity(config.base, chat, world.device))
 
     # Adapters.
@@ -105,6 +107,9 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         temperature=config.evaluation_temperature,
         batch_size=config.evaluate.batch_size,
         weights=config.ppo.rollout.weights,
+        engine=config.ppo.rollout.engine,
+        server=config.ppo.rollout.server,
+        vllm=config.ppo.rollout.vllm,
     )
     budgets = Budgets(
         MemoryBudget("ppo.microbatch_tokens", config.ppo.microbatch_tokens, say, alone=roles.shards is None),

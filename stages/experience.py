@@ -19,8 +19,9 @@ from pipeline.advantages import generalized_advantages, token_rewards
 from pipeline.batching import pad_rows
 from pipeline.config import PPOSettings
 from pipeline.distributed import World
+from pipeline.engines import generate
 from pipeline.errors import DivergenceError
-from pipeline.generation import Response, SamplingSettings, generate
+from pipeline.generation import Response, SamplingSettings
 from pipeline.kl import kl_k1, kl_k3
 from pipeline.masking import length_mask, whiten
 from pipeline.memory import give_back_freed_memory
@@ -43,7 +44,8 @@ class Experience:
 
     `scores_B` are in reward units after clipping and penalty, `terms` the unweighted terms they come from,
     `sampler_logprobs_BT` what the sampler said, `checked_B` whose log-probabilities the trainer computed (the others
-    have the sampler's), `seconds` the time of each phase.
+    have the sampler's), `padding` how many tokens of the scoring passes were padding, and how many there were,
+    `seconds` the time of each phase.
     """
 
     prompts: Sequence[Prompt]
@@ -65,6 +67,7 @@ class Experience:
     rewards_BT: Tensor
     advantages_BT: Tensor
     returns_BT: Tensor
+    padding: Tensor
     seconds: Mapping[str, float]
 
 
@@ -77,6 +80,9 @@ def sampling_settings(ppo: PPOSettings) -> SamplingSettings:
         top_p=ppo.top_p,
         batch_size=ppo.rollout.batch_size,
         weights=ppo.rollout.weights,
+        engine=ppo.rollout.engine,
+        server=ppo.rollout.server,
+        vllm=ppo.rollout.vllm,
     )
 
 
@@ -176,7 +182,10 @@ def reward_model_scores(
 
 @dataclass(frozen=True)
 class Sampled:
-    """Responses before anyone has judged them, and how long they took."""
+    """Responses before anyone has judged them, and how long they took.
+
+    Their values are those of a head on the policy's trunk; empty for another critic, and where the engine reads none.
+    """
 
     episodes: Sequence[Episode]
     responses: Sequence[Response]
@@ -292,6 +301,7 @@ def collect(
     device = roles.device
     started = time.monotonic()
     episodes = sampled.episodes
+    roles.padding.take()
 
     # 2. Score.
     judged = judge(roles, rewards, prompts, sampled, ppo, world)
@@ -349,6 +359,7 @@ def collect(
         rewards_BT=rewards_BT,
         advantages_BT=advantages_BT,
         returns_BT=returns_BT,
+        padding=torch.tensor(roles.padding.take(), dtype=torch.float64),
         seconds={"rollout": sampled.seconds, "score": time.monotonic() - started},
     )
 
@@ -383,7 +394,8 @@ def _policy_opinions(
         checked_B[list(numbers)] = True
         return float(torch.cat(gaps).mean())
 
-    few = -(-count // _CHECKED_ONE_IN) if ppo.rollout.reuse_logprobs else 0
+    has_all = ppo.critic == "adapter" or all(response.values for response in sampled.responses)
+    few = -(-count // _CHECKED_ONE_IN) if ppo.rollout.reuse_logprobs and has_all else 0
     # Half of what the first step's ratio may be off by: it is another part of the round that is measured there.
     most = min(ppo.rollout.max_logprob_gap, ratio_tolerance(ppo, roles.base.identity.quantization) / 2)
     if few and world.maximum(compute(range(few))) <= most:

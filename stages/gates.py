@@ -5,7 +5,7 @@ Each one is a silent failure of some well-known trainer. They use a few of the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ import torch
 
 from pipeline.artifacts import BaseIdentity, Manifest, read_manifest, require_same_base
 from pipeline.config import PipelineConfig, PPOSettings
+from pipeline.engines import generate, require_engine_for
 from pipeline.errors import StartupGateError
-from pipeline.generation import generate
 from pipeline.records import Prompt
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory, StageName
 from pipeline.scoring import Episode, batch_episodes, score_logprobs, score_rewards
-from stages.experience import Budgets, sampling_settings
+from stages.experience import Budgets, ratio_tolerance, sampling_settings
 from stages.inputs import parents_of
 
 _PROMPTS = 4
@@ -55,6 +55,7 @@ def check_startup(
     chat = roles.base.chat
     prompt_ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts[:_PROMPTS]]
     sampling = replace(sampling_settings(ppo), max_new_tokens=min(_NEW_TOKENS, ppo.max_new_tokens))
+    require_engine_for(roles, sampling)
     responses = budgets.fit_responses(
         sampling,
         len(prompt_ids),
@@ -71,6 +72,8 @@ def check_startup(
 
     policy_N = logprobs("policy")
     measured = {"logits_gap": _check_logits(roles, episodes)}
+    if roles.packs:
+        measured["packing_gap"] = _check_packing(roles, policy_N, lambda: logprobs("policy"), ppo)
     if policy_is_reference:
         measured["kl"] = float((policy_N - logprobs("reference")).abs().max())
         if measured["kl"] != 0.0:
@@ -117,6 +120,27 @@ def _check_logits(roles: Roles, episodes: Sequence[Episode]) -> float:
         raise StartupGateError(
             f"the logits from hidden states differ from the model's own by {gap:.3g} (relative)",
             remedy="This architecture scales its logits in a way that trivet does not know; please report it.",
+        )
+    return gap
+
+
+def _check_packing(roles: Roles, packed_N: torch.Tensor, score: Callable[[], torch.Tensor], ppo: PPOSettings) -> float:
+    """Sequences that stand one behind the other in a pass do not see each other.
+
+    Returns:
+        the mean difference of log-probabilities from those of padded sequences, nats a token.
+    """
+    roles.pack("never")
+    try:
+        gap = float((packed_N - score()).abs().mean())
+    finally:
+        roles.pack("always")
+    tolerance = ratio_tolerance(ppo, roles.base.identity.quantization)
+    if not gap <= tolerance:
+        raise StartupGateError(
+            f"packed sequences differ from padded ones by {gap:.3g} nats a token, which is above {tolerance:g}",
+            where="ppo.packing",
+            remedy="This architecture does not keep packed sequences apart; set ppo.packing=never.",
         )
     return gap
 

@@ -94,10 +94,12 @@ def _settings(stage: StageName, config: PipelineConfig) -> dict[str, Any]:
     if stage in ("reward", "evaluate"):
         keys = ["max_new_tokens", "temperature", "top_k", "top_p", "max_prompt_tokens"]
         sections["sampling"] = {key: getattr(config.ppo, key) for key in keys}
-        # The evaluation has a batch size of its own.
-        rollout = config.ppo.rollout.model_dump(mode="json", exclude={"batch_size"} if stage == "evaluate" else None)
+        # The evaluation has a batch size of its own. Where a server is does not matter.
+        left_out = {"server", "batch_size"} if stage == "evaluate" else {"server"}
+        rollout = config.ppo.rollout.model_dump(mode="json", exclude=left_out)
         sections["sampling"]["rollout"] = rollout
     if stage == "ppo":
+        sections["ppo"]["rollout"].pop("server")
         for entry, source in zip(sections["ppo"]["rewards"], config.ppo.rewards, strict=True):
             entry["function"] = source.function and function_digest(source.function)
     if stage == "evaluate":

@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.artifacts import seal, unseal
 from pipeline.distributed import World
-from pipeline.generation import SamplingSettings, generate
+from pipeline.engines import generate
+from pipeline.generation import SamplingSettings
 from pipeline.progress import say
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import read_json, write_json
@@ -136,7 +137,7 @@ class Parts:
         seed: tuple[int | str, ...],
         on_batch: Callable[[int], None],
     ) -> list[Answer]:
-        """One sampled answer a prompt, whatever the budgets; arguments as for `pipeline.generation.generate`.
+        """One sampled answer a prompt, whatever the budgets; arguments as for `pipeline.engines.generate`.
 
         Raises:
             OutOfMemoryError: a single answer does not fit.

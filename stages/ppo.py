@@ -34,6 +34,7 @@ from pipeline.config import PPOSettings
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_prompts
 from pipeline.distributed import World, seed_everything
+from pipeline.engines import chosen_engine, require_engine
 from pipeline.errors import (
     ConfigError,
     DataError,
@@ -87,6 +88,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     split = load_prompts(config.data, chat, ppo.max_prompt_tokens)
     require_enough_prompts(split.held_out, ppo, world)
     RewardSum(ppo.rewards, model_scores=None).probe(split.train)
+    require_engine(ppo.rollout)
     require_fitting_parents("ppo", config, run, base_identity(config.base, chat, world.device))
 
     # Adapters: the reference is the SFT adapter, the policy starts as its copy or at the promoted one.
@@ -112,6 +114,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     add_critic(roles, ppo)
     roles.set_trainable("policy", "value")
     roles.disable_dropout()
+    roles.pack(ppo.packing)
     budgets = Budgets.of(ppo, say, alone=roles.shards is None)
     rewards = RewardSum(ppo.rewards, reward_model_scores(roles, calibration, budgets))
     roles.between_passes = partial(stop_alone, world)
@@ -307,13 +310,17 @@ def paths_taken(roles: Roles, ppo: PPOSettings, sampler_gap: float) -> str:
     Args:
         sampler_gap: how far the sampler's log-probabilities were from the trainer's at the start, in nats a token.
     """
-    weights = (
-        f"a merged copy of {megabytes(roles.merged_bytes)}" if roles.merges(ppo.rollout.weights) else "the adapter"
-    )
+    engine = chosen_engine(roles, ppo.rollout.engine)
+    merged = engine != "vllm" and roles.merges(ppo.rollout.weights)
+    weights = f"a merged copy of {megabytes(roles.merged_bytes)}" if merged else "the adapter"
     reused = ppo.rollout.reuse_logprobs and sampler_gap <= ppo.rollout.max_logprob_gap
     old = "the sampler's" if reused else "from a pass of the policy"
     values = "the value adapter's pass" if ppo.critic == "adapter" else "wherever those come from"
-    return f"Samples come from {weights}, old log-probabilities are {old}, values come from {values}."
+    passes = "packed" if roles.packs else "padded to like lengths"
+    return (
+        f"Samples come from {weights} by {engine}, old log-probabilities are {old}, values come from {values};"
+        f" sequences are {passes}."
+    )
 
 
 def add_critic(roles: Roles, ppo: PPOSettings) -> None:

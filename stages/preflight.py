@@ -73,12 +73,15 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
     from pipeline.chat import ChatFormat
     from pipeline.data_report import warnings
     from pipeline.datasets import load_instructions, load_preferences, load_prompts
+    from pipeline.engines import require_engine
     from pipeline.rewards import RewardFunction, RewardSum
     from pipeline.trl_options import check_trl_options
 
     config = loaded.config
     require_launchable(config, stages)
     check_trl_options(config)
+    if set(stages) - {"sft"}:
+        require_engine(config.ppo.rollout)
     rewards = RewardSum(config.ppo.rewards, model_scores=None)
     gold = config.evaluate.gold and RewardFunction(config.evaluate.gold, what="gold function")
     chat = ChatFormat(load_tokenizer(config.base))

@@ -37,6 +37,7 @@ from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_preferences, load_prompts, prompt_key
 from pipeline.distributed import World, seed_everything
+from pipeline.engines import require_engine
 from pipeline.errors import ArtifactError
 from pipeline.generation import derive_seed
 from pipeline.memory_budget import MemoryBudget
@@ -102,6 +103,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     train_pairs, held_out_pairs = tokenize(chat, split.train), tokenize(chat, split.held_out)
     prompts = calibration_prompts(config, chat, split.train)
 
+    require_engine(config.ppo.rollout)
     require_fitting_parents("reward", config, run, base_identity(config.base, chat, arguments.device))
 
     # 3. Adapters

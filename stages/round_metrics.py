@@ -21,6 +21,7 @@
 | response/score_length_correlation | Pearson's r of score and length | -1..1 |
 | sampler/logprob_gap_mean, _max | absolute difference of the sampler's log-probabilities from the trainer's | nats |
 | sampler/checked | share of the responses that this was measured on; the others' were taken from the sampler | 0..1 |
+| padding/score, padding/update | share of the forward passes' tokens that are padding | 0..1 |
 | update/first_ratio_error | largest distance of the ratio from 1 before the first step | |
 | held_out/score, kl, length | the policy on held-out prompts, where it was measured | reward, nats, tokens |
 | seconds/rollout, score, update, total; tokens/per_second; memory/peak_mb | | s, tokens/s, MB |
@@ -42,7 +43,7 @@ from pipeline.memory import peak_memory_bytes
 from pipeline.records import as_plain
 from pipeline.run_directory import RunDirectory, write_text
 from stages.experience import Experience
-from stages.update import UpdateStatistics
+from stages.update import UpdateStatistics, padding_share
 
 _SAMPLES_KEPT = 2
 
@@ -90,6 +91,7 @@ def round_metrics(
         "sampler/logprob_gap_mean": float(world.sum(masked_sum(gap_BT, checked_BT).double().cpu())) / checked,
         "sampler/logprob_gap_max": world.maximum(float(torch.where(checked_BT, gap_BT, 0).max())),
         "sampler/checked": mean_over_responses(experience.checked_B.float()),
+        "padding/score": padding_share(experience.padding, world),
         "seconds/total": total_seconds,
         "tokens/per_second": tokens / total_seconds,
         "memory/peak_mb": world.maximum(peak_memory_bytes() / 1e6),

@@ -149,5 +149,5 @@ def _flat(rows: Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor([number for row in rows for number in row], dtype=torch.float64)
 
 
-_ON_CPU = {"checked_B", "finished_B", "raw_scores_B", "scores_B"}
+_ON_CPU = {"checked_B", "finished_B", "padding", "raw_scores_B", "scores_B"}
 """Where `collect` leaves them."""

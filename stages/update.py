@@ -47,6 +47,9 @@ class UpdateStatistics:
     first_ratio_error: float | None = None
     first_ratio_errors: float = 0.0
     """Of the first step: the largest distance of a ratio from 1, and the sum over its tokens."""
+    pad_tokens: float = 0.0
+    pass_tokens: float = 0.0
+    """Of the forward passes: padding, and all tokens with it."""
     gradient_norms: dict[Role, list[float]] = field(default_factory=dict)
 
     def add(self, step: UpdateStatistics) -> None:
@@ -60,6 +63,8 @@ class UpdateStatistics:
         self.values_clipped += step.values_clipped
         self.approx_kl += step.approx_kl
         self.entropy += step.entropy
+        self.pad_tokens += step.pad_tokens
+        self.pass_tokens += step.pass_tokens
         self.ratio_max = max(self.ratio_max, step.ratio_max)
         if self.first_ratio_error is None:
             self.first_ratio_error, self.first_ratio_errors = step.first_ratio_error, step.first_ratio_errors
@@ -91,12 +96,19 @@ class UpdateStatistics:
             "policy/ratio_max": world.maximum(self.ratio_max),
             "value/loss": losses[1] / steps,
             "value/clip_fraction": values_clipped / tokens,
+            "padding/update": padding_share(torch.tensor([self.pad_tokens, self.pass_tokens]), world),
         }
         if "policy" not in self.gradient_norms:  # in the critic's warm-up nothing of it was measured
             metrics = {name: value for name, value in metrics.items() if not name.startswith("policy/")}
         for role, norms in self.gradient_norms.items():
             metrics[f"{role}/gradient_norm"] = sum(norms) / len(norms)
         return metrics
+
+
+def padding_share(padding: Tensor, world: World) -> float:
+    """Padding over all tokens of passes, of all processes: of (padding, all tokens) [2]."""
+    pad_tokens, tokens = world.sum(padding.double()).tolist()
+    return float(pad_tokens / max(1.0, tokens))
 
 
 class Updater:
@@ -179,6 +191,7 @@ class Updater:
         started = time.monotonic()
         normalizer = float(experience.lengths_B[minibatch].sum())
         rows = experience.share(minibatch, self._world)
+        self._roles.padding.take()
         step = self._budgets.fit_sequences(
             experience.lengths(rows),
             lambda max_tokens: self._backward(
@@ -197,6 +210,7 @@ class Updater:
             step.gradient_norms[role] = [norm]
         self._move()
         step.steps, step.seconds = 1, time.monotonic() - started
+        step.pad_tokens, step.pass_tokens = self._roles.padding.take()
         return step
 
     def _move(self) -> None:

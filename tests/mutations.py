@@ -39,6 +39,7 @@ JUDGE = "tests/stages/test_judge_pairs.py"
 SHARDED = "tests/stages/test_sharded_stages.py"
 CHAT = "tests/flows/test_chat.py"
 ANSWER_FILE, EXPORT = (f"tests/stages/test_{name}.py" for name in ("answer_file", "export"))
+ENGINES = "tests/pipeline/test_engines.py"
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,107 @@ TABLE = (
         "arguments[0][:, -1]",
         "arguments[0][:, 0] * 2",
         (f"{PPO}::test_the_samplers_figures_are_the_trainers_where_they_are_reused",),
+    ),
+    Mutation(
+        "continuous batching draws every token with a response's first number",
+        "pipeline/paged_engine.py",
+        "return row * self._tokens + number if",
+        "return row * self._tokens if",
+        (f"{ENGINES}::test_paged_gives_what_generate_gives",),
+    ),
+    Mutation(
+        "continuous batching seeds the global generator",
+        "pipeline/paged_engine.py",
+        '    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):\n        yield',
+        "    yield",
+        (f"{ENGINES}::test_paged_leaves_everything_as_it_was",),
+    ),
+    Mutation(
+        "pages leave out the cap of an attention",
+        "pipeline/paged_engine.py",
+        '"attn_logit_softcapping", None) and not roles.uses_flash_attention',
+        '"attn_logit_softcapping", None) and roles.uses_flash_attention',
+        (f"{ENGINES}::test_paged_is_refused_where_it_would_compute_wrongly",),
+    ),
+    Mutation(
+        "a failure of continuous batching is waited for",
+        "pipeline/paged_engine.py",
+        "                _require_success(manager, result.error)\n",
+        "",
+        (f"{ENGINES}::test_a_failure_of_the_paged_engine_is_named",),
+    ),
+    Mutation(
+        "vLLM goes on with the adapter of the first round",
+        "pipeline/vllm_engine.py",
+        "yield Path(folder).name, Path(folder)",
+        'yield "policy", Path(folder)',
+        (f"{ENGINES}::test_vllm_samples_from_the_roles_own_weights[here-1.0]",),
+    ),
+    Mutation(
+        "vLLM gives all responses one seed",
+        "pipeline/vllm_engine.py",
+        "derive_seed(*seed, number)) for",
+        "derive_seed(*seed)) for",
+        (f"{ENGINES}::test_vllm_samples_from_the_roles_own_weights[here-1.0]",),
+    ),
+    Mutation(
+        "a response that vLLM cut short is taken",
+        "pipeline/vllm_engine.py",
+        "elif not ends and len(ids) < sampling.max_new_tokens:",
+        "elif False:",
+        (f"{ENGINES}::test_a_server_that_does_otherwise_is_refused",),
+    ),
+    Mutation(
+        "values that an engine did not read are missed",
+        "stages/experience.py",
+        "if ppo.rollout.reuse_logprobs and has_all else 0",
+        "if ppo.rollout.reuse_logprobs else 0",
+        (f"{ENGINES}::test_a_round_with_vllm_computes_what_vllm_does_not_say",),
+    ),
+    Mutation(
+        "quantized weights are kept whatever they were made from",
+        "pipeline/quantized_cache.py",
+        '        "weights": identity.weights,\n',
+        "",
+        (f"{BASE}::test_what_a_base_is_quantized_from_and_how_makes_another_copy",),
+    ),
+    Mutation(
+        "a copy of quantized weights that cannot be read ends every start",
+        "pipeline/base_model.py",
+        "shutil.rmtree(kept, ignore_errors=True)  # it is made again",
+        "raise",
+        (f"{BASE}::test_a_copy_that_cannot_be_read_is_made_again",),
+    ),
+    Mutation(
+        "what was quantized is quantized again at every start",
+        "pipeline/base_model.py",
+        "    if kept is not None and kept.exists():",
+        "    if False:",
+        (f"{BASE}::test_a_second_start_does_not_quantize_again",),
+    ),
+    Mutation(
+        "packed sequences see each other",
+        "pipeline/roles.py",
+        "position_ids_1N = (mask_BL.long().cumsum(dim=1) - 1)[mask_BL][None]",
+        "position_ids_1N = torch.arange(int(mask_BL.sum()))[None]",
+        (
+            f"{SCORING}::test_packed_sequences_give_what_padded_ones_give",
+            f"{GATES}::test_packed_sequences_that_see_each_other_are_refused",
+        ),
+    ),
+    Mutation(
+        "packed sequences are grouped as if they were padded",
+        "pipeline/roles.py",
+        "group_by_tokens(lengths, max_tokens, packed=self.packs)",
+        "group_by_tokens(lengths, 10 * max_tokens, packed=self.packs)",
+        (f"{SCORING}::test_packed_microbatches_are_filled_with_tokens_alone",),
+    ),
+    Mutation(
+        "padding is told as its opposite",
+        "pipeline/batching.py",
+        "self._padding += size - sum(lengths)",
+        "self._padding += sum(lengths)",
+        (f"{PPO}::test_padding_is_what_the_passes_were_given",),
     ),
     Mutation(
         "every round draws the same",

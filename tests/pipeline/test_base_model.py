@@ -18,7 +18,7 @@ from tiny_models import loaded_tiny_base, tiny_base
 from tiny_ppo import ppo_roles, tiny_round
 from transformers import AutoModelForCausalLM
 
-from pipeline import base_files
+from pipeline import base_files, quantized_cache
 from pipeline.base_files import load_tokenizer
 from pipeline.base_model import compute_dtype, fingerprint, load_base
 from pipeline.base_source import locate
@@ -412,3 +412,76 @@ def test_packed_weights_compute_the_same_whatever_they_are_kept_as(
         assert found[0] == {kept_as}
         assert torch.equal(found[1], plain[1])
         assert found[2] == plain[2]
+
+
+# ---- quantized once
+
+
+@pytest.fixture
+def kept_always(monkeypatch):
+    monkeypatch.setattr(quantized_cache, "WORTH_PARAMETERS", 0)
+
+
+def quantized(model: Path, **changes: str) -> BaseSettings:
+    return settings(model, **{"quantization": "nf4", **changes})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_second_start_does_not_quantize_again(tmp_path, kept_always, monkeypatch, dtype):
+    """It has the same bits, says the same, computes the same, and is the same base."""
+    folder = tiny_base(tmp_path / "base")
+    first = load_base(quantized(folder, dtype=dtype), "cpu")
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", lambda *_, **__: pytest.fail("it quantizes again"))
+    second = load_base(quantized(folder, dtype=dtype), "cpu")
+    assert fingerprint(second.model) == fingerprint(first.model)
+    assert second.identity == first.identity
+    assert second.model.config._name_or_path == first.model.config._name_or_path == str(folder)
+    assert second.model.config._attn_implementation == first.model.config._attn_implementation
+    assert {parameter.dtype for parameter in second.model.parameters()} == {
+        parameter.dtype for parameter in first.model.parameters()
+    }
+    assert not any(parameter.requires_grad for parameter in second.model.parameters())
+    with torch.no_grad():
+        assert torch.equal(second.model(IDS_BL).logits, first.model(IDS_BL).logits)
+    assert len(list((tmp_path / "cache" / "quantized").iterdir())) == 1, "a draft is left"
+
+
+def test_what_a_base_is_quantized_from_and_how_makes_another_copy(tmp_path, kept_always):
+    folder = tiny_base(tmp_path / "base")
+    prints = {fingerprint(load_base(quantized(folder, **changes), "cpu").model) for changes in DIFFERENT}
+    assert len(prints) == len(DIFFERENT)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(load_base(quantized(folder), "cpu").model) not in prints
+    assert len(list((tmp_path / "cache" / "quantized").iterdir())) == len(DIFFERENT) + 1
+
+
+DIFFERENT: list[dict[str, str]] = [{}, {"dtype": "bfloat16"}, {"double_quantization": "false"}]
+
+
+def test_a_copy_that_cannot_be_read_is_made_again(tmp_path, kept_always):
+    folder = tiny_base(tmp_path / "base")
+    wanted = fingerprint(load_base(quantized(folder), "cpu").model)
+    (copy,) = (tmp_path / "cache" / "quantized").iterdir()
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    assert fingerprint(load_base(quantized(folder), "cpu").model) == wanted
+    assert fingerprint(load_base(quantized(folder), "cpu").model) == wanted
+
+
+def test_a_folder_that_takes_no_copy_is_no_hindrance(tmp_path, kept_always):
+    folder = tiny_base(tmp_path / "base")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "quantized").write_text("a file lies where the folder should be")
+    first = fingerprint(load_base(quantized(folder), "cpu").model)
+    assert fingerprint(load_base(quantized(folder), "cpu").model) == first
+
+
+def test_small_bases_and_other_storage_are_not_kept(tmp_path, monkeypatch):
+    folder = tiny_base(tmp_path / "base")
+    load_base(quantized(folder), "cpu")
+    monkeypatch.setattr(quantized_cache, "WORTH_PARAMETERS", 0)
+    load_base(settings(folder, quantization="int8"), "cpu")
+    load_base(settings(folder), "cpu")
+    assert not (tmp_path / "cache" / "quantized").exists()

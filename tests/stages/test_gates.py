@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import loaded_tiny_base, tiny_config
-from tiny_ppo import CALIBRATION, perturb, prompts, publish_reward, publish_sft, tiny_round
+from tiny_ppo import CALIBRATION, perturb, prompts, publish_reward, publish_sft, sharp_base, tiny_round
+from transformers import masking_utils
 
 from pipeline.artifacts import read_manifest
 from pipeline.base_model import load_base
@@ -30,6 +31,17 @@ def test_a_sound_start_passes_with_a_kl_of_exactly_0(tmp_path, quantization, cri
     assert measured["kl"] == 0.0
     assert measured["logits_gap"] <= 1e-6
     assert measured["sampler_gap"] < (1e-5 if quantization != "int8" else 0.1)
+
+
+def test_packed_sequences_that_see_each_other_are_refused(tmp_path, monkeypatch):
+    """What an architecture does whose masks know nothing of positions."""
+    found = tiny_round(sharp_base(tmp_path))
+    found.roles.pack("always")
+    assert 0 <= check(found)["packing_gap"] < 1e-5
+    assert found.roles.packs
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(StartupGateError, match=r"packed sequences differ from padded ones[\s\S]*ppo.packing=never"):
+        check(found)
 
 
 def test_a_policy_that_is_not_the_reference_is_refused(tmp_path):

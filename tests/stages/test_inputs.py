@@ -23,6 +23,7 @@ CHANGES = [
     ("reward.calibration_prompts=16", {"reward"}),
     ("ppo.rollout.batch_size=8", {"reward", "ppo"}),
     ("ppo.rollout.weights=merged", {"reward", "ppo", "evaluate"}),
+    ("ppo.rollout.engine=paged", {"reward", "ppo", "evaluate"}),
     ("ppo.temperature=0.5", {"reward", "ppo", "evaluate"}),
     ("ppo.learning_rate=0.5", {"ppo"}),
     ("ppo.checkpoint_every=50", set()),
@@ -50,6 +51,17 @@ def test_a_setting_changes_the_stages_whose_result_follows_from_it(
         stage for stage in STAGES if digest(stage_inputs(stage, before, run)) != digest(stage_inputs(stage, after, run))
     }
     assert found == changed
+
+
+def test_where_a_server_is_changes_no_result(finished: Path) -> None:
+    configs = [
+        load_config(finished, ["ppo.rollout.engine=vllm", f"ppo.rollout.server=http://{host}:8000"]).config
+        for host in ("one", "other")
+    ]
+    run = RunDirectory(configs[0].run_dir)
+    for stage in STAGES:
+        one, other = (digest(stage_inputs(stage, config, run)) for config in configs)
+        assert one == other, stage
 
 
 def test_a_result_whose_figures_were_edited_is_made_again(finished: Path) -> None:

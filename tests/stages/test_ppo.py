@@ -448,6 +448,34 @@ def test_metrics_count_real_tokens_and_nothing_else(tmp_path):
 
 
 @BOTH_CRITICS
+def test_padding_is_what_the_passes_were_given(tmp_path, critic):
+    """Told from the masks that reach the trunk; in the update like lengths go together as in scoring."""
+    found = tiny_round(sharp_base(tmp_path), critic=critic)
+    found.budgets.tokens.size = 120
+    favour_token(found.roles, found.roles.base.chat.eos_token_id, 3.0)
+    masks: list[torch.Tensor] = []
+    own = found.roles.hidden_states
+    found.roles.hidden_states = lambda ids_BL, mask_BL: masks.append(mask_BL) or own(ids_BL, mask_BL)
+
+    def share() -> float:
+        tokens = sum(mask_BL.numel() for mask_BL in masks)
+        real = sum(int(mask_BL.sum()) for mask_BL in masks)
+        masks.clear()
+        return (tokens - real) / tokens
+
+    experience = found.collect()
+    score = share()
+    statistics = found.updater.update(experience, 0, critic_only=False)
+    metrics = round_metrics(experience, statistics, kl_coefficient=0.05, world=found.world)
+    assert metrics["padding/score"] == pytest.approx(score) and score > 0
+    update = share()
+    assert metrics["padding/update"] == pytest.approx(update) and update > 0
+    longest = max(len(episode.ids) for episode in experience.episodes)
+    everything = sum(longest - len(episode.ids) for episode in experience.episodes) / (8 * longest)
+    assert score < everything / 2, "responses of like length are padded together"
+
+
+@BOTH_CRITICS
 def test_nothing_is_said_of_a_policy_that_stands_still(tmp_path, critic):
     found = tiny_round(loaded_tiny_base(tmp_path), critic=critic)
     experience = found.collect()
