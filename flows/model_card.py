@@ -78,7 +78,7 @@ def _body(
     yield "## Figures\n"
     yield from _figures(found, stage)
     yield "## Data\n"
-    yield from _data(found)
+    yield from _data(found, stage, about["parents"])
     yield "## Lineage\n"
     yield from _lineage(found, about)
     yield "## Limits\n"
@@ -193,17 +193,21 @@ def _evaluation(found: FinishedRun) -> Iterator[tuple[str, Estimate | float]]:
             yield f"length of {name.upper()}'s answers, tokens", length
 
 
-def _data(found: FinishedRun) -> Iterator[str]:
+def _data(found: FinishedRun, stage: StageName, parents: Mapping[str, str]) -> Iterator[str]:
     yield "| stage | source | rows read | kept | held out | dropped |\n|---|---|---|---|---|---|"
-    for stage, manifest in found.adapters.items():
+    for name, manifest in found.adapters.items():
+        if name != stage and name not in parents:
+            continue
         for report in manifest.extra.get("data") or ():
             dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "none"
             yield (
-                f"| {stage} | {_source(report['source'])} | {report['read']} | {report['kept']} |"
+                f"| {name} | {_source(report['source'])} | {report['read']} | {report['kept']} |"
                 f" {report['held_out']} | {dropped} |"
             )
-    prompts = [_source(source.path) for source in found.config.data.prompts.sources]
-    yield f"\nPPO sampled answers to prompts of: {', '.join(prompts) or 'none'}.\n"
+    yield ""
+    if stage == "ppo":
+        prompts = [_source(source.path) for source in found.config.data.prompts.sources]
+        yield f"PPO sampled answers to prompts of: {', '.join(prompts) or 'none'}.\n"
 
 
 def _source(path: str) -> str:

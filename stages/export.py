@@ -195,6 +195,8 @@ def _draft(folder: Path) -> Iterator[Path]:
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             yield draft
+            for path in draft.iterdir():
+                path.chmod(0o644)  # safetensors keeps what it writes to itself
             sync_tree(draft)
             draft.chmod(0o755)
             replace_folder(folder, draft, draft.with_name(f"{draft.name}-replaced"))

@@ -371,6 +371,8 @@ def test_the_card_has_figures_lineage_and_limits(loaded: LoadedConfig, tmp_path:
     assert "bnb_4bit_use_double_quant=True" in body
     reward = (exported(loaded, "reward", tmp_path / "reward") / "README.md").read_text()
     assert "| accuracy on held-out pairs | 0.850 | [0.740, 0.920] | 60 |" in reward
+    assert "| reward | rows.jsonl |" in reward and "| ppo | rows.jsonl |" not in reward
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
 
 
 def test_a_run_that_was_not_judged_says_so(tmp_path: Path) -> None:
