@@ -179,7 +179,7 @@ def test_a_run_that_has_begun_shows_what_there_is(tmp_path: Path) -> None:
     publish("sft", loaded, run)
     write_metrics(run, "ppo", rounds=6)
     write_samples(run, rounds=6)
-    with run.locked("the ppo stage", warn=print):
+    with run.locked("ppo", warn=print):
         page = page_of(run.root)
     for text in ("ppo is at work, 6% done", "It is round 6.", "round 6", "There are no scores of held-out pairs"):
         assert text in page.text, text

@@ -168,6 +168,20 @@ def test_a_malformed_value_is_not_taken_for_its_default(tmp_path: Path) -> None:
             "set it to 2 at least",
         ),
         (["ppo.rewards=[{function: 'a.py:gold'}]"], "rename the function a.py:gold"),
+        (["reward.calibrate_on=base"], "set reward.start_from=base, or remove reward.calibrate_on"),
+        (["launch.side_by_side=true"], "set reward.start_from=base and reward.calibrate_on=base, or remove"),
+        (["launch.side_by_side=true", "reward.start_from=base"], "set reward.calibrate_on=base, or remove"),
+        (
+            ["launch.side_by_side=true", "ppo.rewards=[{function: 'a.py:f'}]", "data.preferences.sources=[]"],
+            "trains no reward model beside SFT; remove it",
+        ),
+        (
+            [
+                *("launch.side_by_side=true", "reward.start_from=base", "reward.calibrate_on=base"),
+                *("launch.machines=2", "launch.main_address=a", *EVEN),
+            ],
+            "launch.machines is 2, which meet at one launch.main_port",
+        ),
         (["gates.judge=gold"], "does not judge here; choose of reward_model"),
         (
             ["gates.min_reward_accuracy=0.6", "ppo.rewards=[{function: 'a.py:f'}]", "data.preferences.sources=[]"],
@@ -183,7 +197,7 @@ def test_every_contradiction_has_a_test() -> None:
     """Counts the statements that report one; a new one needs a line above."""
     source = (ROOT / "pipeline" / "config.py").read_text()
     body = source[source.index("def contradictions") :]
-    assert body.count("yield ") == 29
+    assert body.count("yield ") == 34
 
 
 @pytest.mark.parametrize(
