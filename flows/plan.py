@@ -146,7 +146,7 @@ def side_by_side_lines(config: PipelineConfig, card: Card, verdict: Verdict) -> 
     needed, place = sum(device_bytes(plan, is_gpu=card.is_gpu) for plan in both), "GPU" if card.is_gpu else "machine"
     short = needed - card.memory_bytes
     verdict_on_both = f"{short / GIB:.1f} GiB more than there is" if short > 0 else f"which fits {card.name}"
-    elsewhere = "; with two GPUs a process each has its own" if card.is_gpu else ""
+    elsewhere = "; with two GPUs for each process, each stage has its own" if card.is_gpu else ""
     yield ""
     yield f"sft and reward side by side: {needed / GIB:.2f} GiB on one {place}, {verdict_on_both}{elsewhere}."
 
