@@ -632,6 +632,11 @@ class PipelineConfig(Section):
                 f"launch.side_by_side is true, but the reward model waits for SFT: reward.{needed[0]} is 'sft';"
                 f" set {' and '.join(f'reward.{key}=base' for key in needed)}, or remove launch.side_by_side"
             )
+        if self.launch.accelerate_config is not None:
+            yield (
+                "launch.side_by_side is true, but launch.accelerate_config decides which GPUs and ports both stages"
+                " would take; remove one of them"
+            )
         if self.launch.machines > 1:
             yield (
                 f"launch.side_by_side is true, but launch.machines is {self.launch.machines}, which meet at one"

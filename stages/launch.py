@@ -322,7 +322,7 @@ def _shares(launch: LaunchSettings, stage: StageName | None) -> bool:
 
 def _own_gpus(launch: LaunchSettings, stage: StageName | None) -> tuple[str, ...]:
     """The GPUs that a stage has to itself beside another one; none where it takes what there is."""
-    if not _shares(launch, stage) or launch.accelerate_config is not None:
+    if not _shares(launch, stage):
         return ()
     return halves(visible_gpus(), launch.processes)[0 if stage == "sft" else 1]
 

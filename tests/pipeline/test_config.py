@@ -182,6 +182,13 @@ def test_a_malformed_value_is_not_taken_for_its_default(tmp_path: Path) -> None:
             ],
             "launch.machines is 2, which meet at one launch.main_port",
         ),
+        (
+            [
+                *("launch.side_by_side=true", "reward.start_from=base", "reward.calibrate_on=base"),
+                "launch.accelerate_config=a.yaml",
+            ],
+            "launch.accelerate_config decides which GPUs and ports",
+        ),
         (["gates.judge=gold"], "does not judge here; choose of reward_model"),
         (
             ["gates.min_reward_accuracy=0.6", "ppo.rewards=[{function: 'a.py:f'}]", "data.preferences.sources=[]"],
@@ -197,7 +204,7 @@ def test_every_contradiction_has_a_test() -> None:
     """Counts the statements that report one; a new one needs a line above."""
     source = (ROOT / "pipeline" / "config.py").read_text()
     body = source[source.index("def contradictions") :]
-    assert body.count("yield ") == 34
+    assert body.count("yield ") == 35
 
 
 @pytest.mark.parametrize(

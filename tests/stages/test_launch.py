@@ -277,7 +277,6 @@ def test_stages_side_by_side_have_gpus_of_their_own_where_there_are_enough(monke
     assert gpus(side_by_side=True) == ["GPU-a", "GPU-b", everything, everything]
     assert gpus(side_by_side=True, processes=2) == ["GPU-a,GPU-b", "GPU-c,GPU-d", everything, everything]
     assert gpus(side_by_side=True, processes=3) == [everything] * 4
-    assert gpus(side_by_side=True, accelerate_config="mine.yaml") == [everything] * 4
 
 
 def test_an_own_accelerate_config_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
