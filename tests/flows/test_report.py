@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_stages import light_config, publish
+from finished_stages import light_config, publish, publish_all
 from reported_run import HOSTILE, answers, hostile_run, judged, lines, whole_run, write_metrics, write_samples
 from tiny_models import tiny_config
 from typer.testing import CliRunner, Result
@@ -349,3 +349,12 @@ def test_a_report_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     assert len(told) == 1 and "the run's report cannot be written" in told[0]
     LiveReport(tmp_path / "no-run", told.append).write()
     assert len(told) == 1
+
+
+def test_the_picture_shows_which_stage_starts_from_which(tmp_path: Path) -> None:
+    """Drawn wide and narrow: four arrows each, and three where the reward model takes nothing from SFT."""
+    apart = {"start_from": "base", "calibrate_on": "base"}
+    for settings, arrows in (({}, 8), ({"reward": apart}, 6)):
+        folder = tmp_path / str(arrows)
+        publish_all(light_config(folder, **settings))
+        assert len(page_of(folder / "run").having("class", "arrow")) == arrows
