@@ -388,13 +388,14 @@ def plan(
     """Show how much memory each stage will take, whether it fits, and what would make it fit. Loads no model."""
     import json
 
-    from flows.plan import as_json, examine_memory, plan_lines
+    from flows.plan import as_json, examine_memory, plan_lines, side_by_side_lines
 
-    shape, chosen, verdict = examine_memory(_load(config, overrides).config, card, memory)
+    settings = _load(config, overrides).config
+    shape, chosen, verdict = examine_memory(settings, card, memory)
     if as_data:
         print(json.dumps(as_json(shape, chosen, verdict), indent=2))
         return
-    for line in plan_lines(shape, chosen, verdict):
+    for line in (*plan_lines(shape, chosen, verdict), *side_by_side_lines(settings, chosen, verdict)):
         print(line)
 
 

@@ -132,7 +132,7 @@ def _wide(state: RunState, stages: Sequence[StageState]) -> str:
     spots = {stage.name: (index * (_CARD + _GAP), top) for index, stage in enumerate(stages)}
     base = top + _TALL + 22
     parts = [_card(stage, state, *spots[stage.name], _CARD, _TALL) for stage in stages]
-    for first, second in _edges(stages):
+    for first, second in _edges(state, stages):
         (x1, y1), (x2, y2) = spots[first], spots[second]
         if x2 - x1 == _CARD + _GAP:
             parts.append(_arrow(f"M{x1 + _CARD} {y1 + 44}H{x2 - 8}", x2, y1 + 44, "right"))
@@ -149,7 +149,7 @@ def _narrow(state: RunState, stages: Sequence[StageState]) -> str:
     spots = {stage.name: (left, index * step + 2) for index, stage in enumerate(stages)}
     base = len(stages) * step - 4
     parts = [_card(stage, state, *spots[stage.name], width - left - 2, _SHORT) for stage in stages]
-    for first, second in _edges(stages):
+    for first, second in _edges(state, stages):
         (x1, y1), (x2, y2) = spots[first], spots[second]
         if y2 - y1 == step:
             parts.append(_arrow(f"M{x1 + 60} {y1 + _SHORT}V{y2 - 8}", x1 + 60, y2, "down"))
@@ -160,15 +160,13 @@ def _narrow(state: RunState, stages: Sequence[StageState]) -> str:
     return _svg("pipeline narrow", width, base + 62, parts, state)
 
 
-def _edges(stages: Sequence[StageState]) -> Iterator[tuple[StageName, StageName]]:
+def _edges(state: RunState, stages: Sequence[StageState]) -> Iterator[tuple[StageName, StageName]]:
     """What each stage starts from. What the evaluation compares with PPO is left out: it would be every stage."""
     names = [stage.name for stage in stages]
-    wanted: tuple[tuple[StageName, StageName], ...] = (
-        ("sft", "reward"),
-        ("sft", "ppo"),
-        ("reward", "ppo"),
-        ("ppo", "evaluate"),
-    )
+    config = state.checked_config
+    wanted: list[tuple[StageName, StageName]] = [("sft", "ppo"), ("reward", "ppo"), ("ppo", "evaluate")]
+    if config is None or config.reward_needs_sft:
+        wanted.insert(0, ("sft", "reward"))
     yield from (edge for edge in wanted if edge[0] in names and edge[1] in names)
 
 

@@ -138,6 +138,19 @@ def plan_lines(shape: ModelShape, card: Card, verdict: Verdict) -> Iterator[str]
         yield f"Not yet: {', '.join(unable)} cannot run with {verdict.strategy.upper()}; this is what it would take."
 
 
+def side_by_side_lines(config: PipelineConfig, card: Card, verdict: Verdict) -> Iterator[str]:
+    """What SFT and the reward model take together, where the config has them run at the same time."""
+    both = [verdict.plans[stage] for stage in ("sft", "reward") if stage in verdict.plans]
+    if not config.launch.side_by_side or len(both) < 2:
+        return
+    needed, place = sum(device_bytes(plan, is_gpu=card.is_gpu) for plan in both), "GPU" if card.is_gpu else "machine"
+    short = needed - card.memory_bytes
+    verdict_on_both = f"{short / GIB:.1f} GiB more than there is" if short > 0 else f"which fits {card.name}"
+    elsewhere = "; with two GPUs for each process, each stage has its own" if card.is_gpu else ""
+    yield ""
+    yield f"sft and reward side by side: {needed / GIB:.2f} GiB on one {place}, {verdict_on_both}{elsewhere}."
+
+
 def _row(name: str, width: int, sizes: list[int]) -> str:
     return f"{name:<{width}}" + "".join(f"{size / GIB:>10.2f}" if size else f"{'':>10}" for size in sizes)
 

@@ -17,9 +17,10 @@ from flows.page import page_only, show_run
 from flows.parameters import ConfigFile, Overrides
 from flows.report import LiveReport
 from flows.summary import write_summary
-from flows.tasks import Order, evaluate, train_ppo, train_reward, train_sft
+from flows.tasks import Order, evaluate, finished, train_ppo, train_reward, train_sft
 from pipeline.config_file import load_config
 from stages.preflight import require_good_input
+from stages.side_by_side import SideBySide
 
 
 def align(config: ConfigFile, overrides: Overrides = None, force: bool = False) -> dict[str, Any]:
@@ -31,17 +32,20 @@ def align(config: ConfigFile, overrides: Overrides = None, force: bool = False) 
         force: run every stage again, also those whose results are current.
     """
     started = datetime.now(UTC)
-    order = Order(config, tuple(overrides or ()), force)
-    loaded = load_config(config, order.overrides)
+    loaded = load_config(config, overrides or ())
+    settings = loaded.config
+    order = Order(config, loaded.overrides, force, SideBySide() if settings.launch.side_by_side else None)
     require_good_input(loaded, warn=get_run_logger().warning)
 
-    sft = train_sft(order)
-    reward = train_reward(order, sft) if loaded.config.trains_reward_model else None
+    sft = train_sft.submit(order)
+    start = sft if settings.reward_needs_sft else None
+    reward = train_reward.submit(order, start) if settings.trains_reward_model else None
+    sft, reward = finished(order, sft, reward)
     ppo = train_ppo(order, sft, reward)
     judgement = evaluate(order, sft, reward, ppo)
 
     summary = write_summary(loaded, [sft, reward, ppo, judgement], started)
-    LiveReport(loaded.config.run_dir, get_run_logger().warning).write()  # The summary is in it now.
+    LiveReport(settings.run_dir, get_run_logger().warning).write()  # The summary is in it now.
     with page_only(get_run_logger()):
         show_run(summary)
     promote_policy(order, judgement)

@@ -15,6 +15,7 @@ from typing import Any
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.futures import PrefectFuture, as_completed, wait
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
@@ -23,15 +24,21 @@ from flows.gates import require_passed
 from flows.page import LiveProgress, bounded, page_only, show_curves
 from flows.report import kept_up
 from pipeline.config_file import load_config
+from pipeline.errors import StageInterruptedError
 from pipeline.progress import ProgressUpdate
 from pipeline.run_directory import RunDirectory, StageName
+from stages.interruption import StoppedInOrder
 from stages.launch import StageDiedError, StageResult, ensure_stage
+from stages.side_by_side import SideBySide
 
 _SECONDS_BETWEEN_LOG_LINES = 60.0
 _SECONDS_BEFORE_RETRIES = [10.0, 60.0]
 
 Outcome = StageResult | State[StageResult]
 """A result; where an earlier one was current, inside the state that says so on Prefect's page."""
+
+Started = StageResult | PrefectFuture[Outcome]
+"""A stage that was submitted: finished, or still at work."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Order:
     config: str
     overrides: tuple[str, ...] = ()
     force: bool = False
+    beside: SideBySide | None = None
+    """For stages that run at the same time. None: each one waits for the one before."""
 
 
 def run_sft(order: Order) -> Outcome:
@@ -71,27 +80,81 @@ def worth_another_try(task: Task[..., Any], run: TaskRun, state: State[Any]) -> 
     return isinstance(error, StageDiedError) and current_display() is None
 
 
-def _as_task(name: StageName, function: Callable[..., Outcome]) -> Callable[..., StageResult]:
-    made = task(
-        name=name,
-        cache_policy=NO_CACHE,
-        retries=len(_SECONDS_BEFORE_RETRIES),
-        retry_delay_seconds=_SECONDS_BEFORE_RETRIES,
-        retry_condition_fn=worth_another_try,
-    )(function)
+class StageTask:
+    """A stage as a task of the flow.
 
-    def run(order: Order, *parents: StageResult | None) -> StageResult:
-        outcome = made(order, *parents)
-        return outcome.result() if isinstance(outcome, State) else outcome
+    Args:
+        name: of the stage.
+        function: runs it.
+    """
 
-    return run
+    def __init__(self, name: StageName, function: Callable[..., Outcome]) -> None:
+        self._task = task(
+            name=name,
+            cache_policy=NO_CACHE,
+            retries=len(_SECONDS_BEFORE_RETRIES),
+            retry_delay_seconds=_SECONDS_BEFORE_RETRIES,
+            retry_condition_fn=worth_another_try,
+        )(function)
+
+    def __call__(self, order: Order, *parents: StageResult | None) -> StageResult:
+        """Run the stage to its end."""
+        result: StageResult = _settled(self._task(order, *parents))
+        return result
+
+    def submit(self, order: Order, *parents: Started | None) -> Started:
+        """Run the stage beside what comes next where the order has stages side by side, else to its end."""
+        return self._task.submit(order, *parents) if order.beside else _settled(self._task(order, *parents))
+
+
+def finished(order: Order, *started: Started | None) -> tuple[Any, ...]:
+    """Wait for stages that were submitted; what they hand on, None for one that the config does without.
+
+    Raises:
+        TrivetError: one of them failed; the others are asked to stop, and have stopped.
+        StoppedInOrder: this process was asked to end, and all of them have stopped where they can go on.
+    """
+    futures = [one for one in started if isinstance(one, PrefectFuture)]
+    try:
+        for future in as_completed(futures):
+            future.result()
+    except BaseException as error:
+        _stop(order, futures)
+        if not isinstance(error, Exception) and all(_in_order(future) for future in futures):
+            StoppedInOrder.happened = True
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise StoppedInOrder from None
+        raise
+    return tuple(_settled(one.result() if isinstance(one, PrefectFuture) else one) for one in started)
+
+
+def _stop(order: Order, futures: list[PrefectFuture[Outcome]]) -> None:
+    """Ask the stages to stop, and wait for their threads, whose stages a second signal ends at once."""
+    assert order.beside is not None
+    order.beside.stop()
+    try:
+        wait(futures)
+    except BaseException:
+        order.beside.stop()
+        raise
+
+
+def _in_order(future: PrefectFuture[Outcome]) -> bool:
+    """Whether a stage is finished, or has stopped where the same command goes on."""
+    end = future.result(raise_on_failure=False)
+    return not isinstance(end, BaseException) or isinstance(end, StageInterruptedError)
+
+
+def _settled(outcome: Any) -> Any:
+    """A task's result, which is inside its state where an earlier one was current."""
+    return outcome.result() if isinstance(outcome, State) else outcome
 
 
 # The arguments that look unused draw the edges of the graph on Prefect's page.
-train_sft = _as_task("sft", run_sft)
-train_reward = _as_task("reward", run_reward)
-train_ppo = _as_task("ppo", run_ppo)
-evaluate = _as_task("evaluate", run_evaluate)
+train_sft = StageTask("sft", run_sft)
+train_reward = StageTask("reward", run_reward)
+train_ppo = StageTask("ppo", run_ppo)
+evaluate = StageTask("evaluate", run_evaluate)
 
 
 def _run(stage: StageName, order: Order) -> Outcome:
@@ -113,6 +176,7 @@ def _run(stage: StageName, order: Order) -> Outcome:
             force=order.force,
             on_line=log.info if display else bounded(log.info, run.log(stage)),
             on_progress=on_progress,
+            beside=order.beside,
         )
     with page_only(log):
         show_curves(stage, run)

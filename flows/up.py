@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.deployments import POOL, begins_in, configs_in, naming_configs, require_sound
 from flows.server import ServerError, answers, prefect_home, server_environment
 from stages.launch import SOURCE_ROOT, supervised
 
@@ -25,15 +26,14 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.filters import WorkPoolFilter
     from prefect.client.schemas.objects import FlowRun
-
-POOL = "gpu-box"
-"""The work pool of prefect.yaml."""
 
 _AT_WORK = ("RUNNING", "PENDING", "PAUSED")
 _MOST_STARTS = 5
 """A run that lost its process so often is left alone: it may be what brings the machine down."""
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_LISTS = 3.0
 _SECONDS_TO_DIE = 60.0
 _SECONDS_TO_START = 90.0
 _SECONDS_BETWEEN_STARTS = 5.0
@@ -49,9 +49,11 @@ def up(*, port: int, limit: int, say: Callable[[str], None]) -> None:
 
     Raises:
         ServerError: the port is taken, another server is set in the environment, or something does not start.
+        ConfigError: a deployment of prefect.yaml cannot work.
     """
     url = f"http://127.0.0.1:{port}/api"
     project = find_project(Path.cwd())
+    require_sound(project)
     _require_own_server(url, port)
     # Prefect, imported later in this process and in all others, takes its settings from here.
     os.environ.update(server_environment(url, with_page=True))
@@ -71,13 +73,14 @@ def up(*, port: int, limit: int, say: Callable[[str], None]) -> None:
             queue = _Queue(say)
             queue.make_pool()
             deploy(project)
+            queue.name_configs(project)
             queue.put_back()
             worker.start()
             worker.wait_until(queue.has_worker)
             say(f"The page: {url.removesuffix('/api')}  (logs: {server.log}, {worker.log})")
             say(f"In other terminals: export PREFECT_API_URL={url}; prefect deployment run rlhf/quickstart")
             say("Ctrl-C ends server and worker; runs go on from there when they are up again.")
-            _keep(server, worker, url, queue, say)
+            _keep(server, worker, url, project, queue, say)
         except (KeyboardInterrupt, SystemExit):
             say("Stopping; a running stage writes a checkpoint first ...")
             was_up = worker.is_running
@@ -137,7 +140,7 @@ def _require_own_server(url: str, port: int) -> None:
             ) from None
 
 
-def _keep(server: _Kept, worker: _Kept, url: str, queue: _Queue, say: Callable[[str], None]) -> None:
+def _keep(server: _Kept, worker: _Kept, url: str, project: Path, queue: _Queue, say: Callable[[str], None]) -> None:
     """Look after both for ever."""
     while True:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -152,6 +155,7 @@ def _keep(server: _Kept, worker: _Kept, url: str, queue: _Queue, say: Callable[[
             say(f"The worker has ended; starting it again. {worker.last_words()}")
             worker.start()
         _tried(queue.look)
+        _tried(lambda: queue.name_configs(project))
 
 
 def _tried(question: Callable[[], None]) -> bool:
@@ -216,6 +220,8 @@ class _Queue:
         self._say = say
         self._seen: dict[UUID, float] = {}
         self._since = datetime.now(UTC)
+        self._configs: tuple[str, ...] | None = ()
+        self._listed_at = float("-inf")
 
     def make_pool(self) -> None:
         """Create the work pool if there is none yet; an existing one keeps its settings."""
@@ -238,6 +244,23 @@ class _Queue:
         """Remember which runs are at work now."""
         with _client() as client:
             self._seen |= {run.id: time.monotonic() for run in _runs(client, _AT_WORK)}
+
+    def name_configs(self, project: Path) -> None:
+        """Tell the server, now and then, which configs lie in the folder that runs begin in, if that has changed."""
+        if time.monotonic() - self._listed_at < _SECONDS_BETWEEN_LISTS:
+            return
+        self._listed_at = time.monotonic()
+        configs = configs_in(project)
+        if configs == self._configs:
+            return
+        from prefect.client.schemas.actions import DeploymentUpdate
+
+        with _client() as client:
+            for deployment in client.read_deployments(work_pool_filter=_our_pool()):
+                if begins_in(deployment.pull_steps, project):
+                    schema = naming_configs(deployment.parameter_openapi_schema or {}, configs)
+                    client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
+        self._configs = configs
 
     def put_back(self) -> None:
         """While no worker runs: put the runs back into the queue that were at work, and finish cancelled ones."""
@@ -269,17 +292,17 @@ def _client() -> SyncPrefectClient:
 
 
 def _runs(client: SyncPrefectClient, states: Iterable[str]) -> list[FlowRun]:
-    from prefect.client.schemas.filters import (
-        FlowRunFilter,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-        WorkPoolFilter,
-        WorkPoolFilterName,
-    )
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
     from prefect.client.schemas.objects import StateType
 
     types = [StateType(state) for state in states]
     return client.read_flow_runs(
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types))),
-        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+        work_pool_filter=_our_pool(),
     )
+
+
+def _our_pool() -> WorkPoolFilter:
+    from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
+
+    return WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))

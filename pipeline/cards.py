@@ -112,6 +112,14 @@ def cards_here() -> list[Card]:
     return found
 
 
+def visible_gpus() -> tuple[str, ...]:
+    """The NVIDIA GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is None:
+        return tuple(str(number) for number in range(len(cards_here())))
+    return tuple(name for part in allowed.split(",") if (name := part.strip()) not in ("", "-1"))
+
+
 def main_memory() -> Card:
     """This machine's main memory, as far as a container lets it be used."""
     flags = ""

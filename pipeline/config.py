@@ -178,8 +178,11 @@ class RewardSettings(TrainerSettings):
     """Peak learning rate."""
     start_from: Literal["sft", "base"] = "sft"
     """Whose adapter the reward model starts as: a copy of the SFT adapter, or a fresh one."""
+    calibrate_on: Literal["sft", "base"] = "sft"
+    """Whose answers have scores of mean 0 and variance 1, which is what PPO's settings about scores count from. With
+    `base`, here and in `start_from`, the stage needs nothing of SFT, but PPO starts at whatever SFT has gained."""
     calibration_prompts: int = Field(64, ge=8)
-    """Prompts whose SFT answers fix the gain and bias that give scores mean 0 and variance 1."""
+    """Prompts that are answered to fix the gain and bias of the scores."""
 
 
 class KLSettings(Section):
@@ -399,6 +402,9 @@ class LaunchSettings(Section):
     device: str | None = Field("auto", pattern=r"^[A-Za-z0-9._-]+$")
     """Runs on this machine that give the same name here wait for each other's stages. `auto`: `gpu` where there is
     one, else nothing is waited for. None: never wait."""
+    side_by_side: bool = False
+    """In a whole run, train SFT and the reward model at the same time, where neither needs the other. Each has GPUs of
+    its own where there are two for each of `processes`; otherwise they share memory and time of the same ones."""
 
     @property
     def world_size(self) -> int:
@@ -487,6 +493,11 @@ class PipelineConfig(Section):
     def trains_reward_model(self) -> bool:
         """Whether there is a reward stage: PPO needs its adapter, or there are preferences to learn from."""
         return self.needs_reward_model or bool(self.data.preferences.sources)
+
+    @property
+    def reward_needs_sft(self) -> bool:
+        """Whether the reward stage takes anything from the SFT stage."""
+        return "sft" in (self.reward.start_from, self.reward.calibrate_on)
 
     def accumulation_steps(self, stage: Literal["sft", "reward"]) -> int:
         """Forward passes per process and optimizer step; exact, since `contradictions` saw to it."""
@@ -610,6 +621,7 @@ class PipelineConfig(Section):
                 " remove it, or set base.quantization=nf4"
             )
         yield from self._launch_contradictions()
+        yield from self._order_contradictions()
         if self.gates.judge is not None and self.gates.judge not in self.judges:
             yield f"gates.judge is '{self.gates.judge}', who does not judge here; choose of {', '.join(self.judges)}"
         if self.gates.min_reward_accuracy is not None and not self.trains_reward_model:
@@ -644,6 +656,34 @@ class PipelineConfig(Section):
             yield (
                 f"ppo.rollout.engine is 'vllm', which each of {self.launch.world_size} processes would start on the"
                 " same GPU; set ppo.rollout.server, or another engine"
+            )
+
+    def _order_contradictions(self) -> Iterator[str]:
+        reward = self.reward
+        if reward.start_from == "sft" and reward.calibrate_on == "base":
+            yield (
+                "reward.calibrate_on is 'base', which is for a reward model that does without SFT, but"
+                " reward.start_from is 'sft'; set reward.start_from=base, or remove reward.calibrate_on"
+            )
+        if not self.launch.side_by_side:
+            return
+        if not self.trains_reward_model:
+            yield "launch.side_by_side is true, but this config trains no reward model beside SFT; remove it"
+        elif self.reward_needs_sft:
+            needed = [key for key in ("start_from", "calibrate_on") if getattr(reward, key) == "sft"]
+            yield (
+                f"launch.side_by_side is true, but the reward model waits for SFT: reward.{needed[0]} is 'sft';"
+                f" set {' and '.join(f'reward.{key}=base' for key in needed)}, or remove launch.side_by_side"
+            )
+        if self.launch.accelerate_config is not None:
+            yield (
+                "launch.side_by_side is true, but launch.accelerate_config decides which GPUs and ports both stages"
+                " would take; remove one of them"
+            )
+        if self.launch.machines > 1:
+            yield (
+                f"launch.side_by_side is true, but launch.machines is {self.launch.machines}, which meet at one"
+                " launch.main_port for one stage at a time; remove launch.side_by_side"
             )
 
     def _launch_contradictions(self) -> Iterator[str]:

@@ -11,7 +11,7 @@ RUN/
   logs/STAGE.log      what the stage printed
   metrics/STAGE.jsonl a line of metrics a step
   working/STAGE/      what an unfinished stage keeps: checkpoints, samples
-  lock                held by the process that works on the run
+  locks/STAGE         held by the process that works on the stage, and shared by those that read its result
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.config_file import LoadedConfig
 from pipeline.disk import writing
 from pipeline.errors import RunDirectoryError
-from pipeline.run_lock import hold
+from pipeline.run_lock import LOCKS, hold, holder, unless_held
 
 StageName = Literal["sft", "reward", "ppo", "evaluate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -38,10 +38,15 @@ STAGES: tuple[StageName, ...] = get_args(StageName)
 MANIFEST = "trivet.json"
 """In the folder of every finished stage: all that is known of it."""
 
+STARTING = "its start"
+"""What a process is at that only looks whether it may begin, and makes the run ready."""
+
 LAYOUT_VERSION = 1
 """Raised when a newer trivet lays out a run in a way that this one would misread."""
 
 _RETIRED = "-replaced"
+_SECONDS_OF_A_START = 20.0
+"""Starts wait for each other: none takes longer, on however slow a disk."""
 _SECONDS_OF_A_FILE = 60.0
 """No file takes longer to write; a draft that is older was left behind."""
 
@@ -68,35 +73,56 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, loaded: LoadedConfig) -> RunDirectory:
-        """Make the run ready for work: create its folder, and put right what a killed process left there.
+    def open(
+        cls, loaded: LoadedConfig, stages: Sequence[StageName] = STAGES, reads: Sequence[StageName] = ()
+    ) -> RunDirectory:
+        """Make the run ready for work: create its folder, and put right what killed processes left there.
+
+        Args:
+            stages: those that are to be worked on.
+            reads: those whose results are to be read.
 
         Raises:
-            RunDirectoryError: it belongs to another config or base, was written by a newer version, is in use by
-                another process, or cannot be written.
+            RunDirectoryError: it belongs to another config or base, was written by a newer version, one of these
+                stages is in use by another process, or it cannot be written.
         """
         run = cls.find(loaded)
         with writing(run.root):
-            run.root.mkdir(parents=True, exist_ok=True)
-            with run.locked("its start", warn=lambda _: None):
+            run.lock("start").parent.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as held:
+                held.enter_context(hold(run.lock("start"), STARTING, _ignore, seconds=_SECONDS_OF_A_START))
                 run._tidy()
+                for stage in stages:
+                    held.enter_context(run.locked(stage, STARTING, reads=set(reads).difference(stages), warn=_ignore))
                 write_json(run.root / "run.json", _owner(loaded))
                 write_json(run.root / "config.json", loaded.config.model_dump(mode="json"))
                 write_json(run.root / "origins.json", _origins(loaded))
         return run
 
     @contextmanager
-    def locked(self, work: str, warn: Callable[[str], None]) -> Iterator[None]:
-        """Keep all other processes from working on the run during the block.
+    def locked(
+        self,
+        stage: StageName,
+        work: str | None = None,
+        *,
+        warn: Callable[[str], None],
+        reads: Collection[StageName] = (),
+    ) -> Iterator[None]:
+        """Keep all other processes from working on a stage during the block, and from changing what it reads.
 
         Args:
-            work: what this one does, in words that others are told.
+            stage: which one.
+            work: what this process does, in words that others are told. None: the stage.
             warn: told where the file system knows no locks.
+            reads: the stages whose results it reads; others may read them too.
 
         Raises:
-            RunDirectoryError: another process works on it; says which one.
+            RunDirectoryError: another process is in the way; says which one.
         """
-        with hold(self.lock, work, warn):
+        with writing(self.root):
+            self.lock(stage).parent.mkdir(parents=True, exist_ok=True)
+        parents = [self.lock(parent) for parent in sorted(reads)]
+        with hold(self.lock(stage), work or f"the {stage} stage", warn, reads=parents):
             yield
 
     def _check_owner(self, owner: dict[str, Any]) -> None:
@@ -125,7 +151,7 @@ class RunDirectory:
         if not self._holds_work():
             return  # a start that went no further leaves the folder free
         for key in ("config_name", "base_model", "base_revision", "base_quantization"):
-            if found.get(key) != owner[key]:
+            if not _same(found.get(key), owner[key]):
                 raise RunDirectoryError(
                     f"the run directory belongs to another config: its {key} is {found.get(key)!r},"
                     f" this config's is {owner[key]!r}",
@@ -134,29 +160,40 @@ class RunDirectory:
                 )
 
     def _holds_work(self) -> bool:
-        """Whether a stage has left anything here that another config could damage or mistake for its own."""
+        """Whether a stage is at work or has left anything that another config could damage or mistake for its own."""
         working = (path for name in STAGES for path in self.working(name).rglob("*"))
-        return any(self.stage(name).exists() for name in STAGES) or any(path.is_file() for path in working)
+        if any(self.stage(name).exists() for name in STAGES) or any(path.is_file() for path in working):
+            return True
+        return any(holder(self.lock(name)) is not None for name in STAGES)
 
     def _tidy(self) -> None:
-        """Put right what killed processes left: half-made results go, and one that was being replaced comes back."""
+        """Put right what killed processes left: half-made results go, and one that was being replaced comes back.
+
+        A stage that somebody is at, or reads, is left alone.
+        """
         for name in STAGES:
-            for left in sorted(self.root.glob(f".{name}-*")):
-                if left.name.endswith(_RETIRED) and not self.stage(name).exists():
-                    os.rename(left, self.stage(name))
-                else:
-                    shutil.rmtree(left, ignore_errors=True)
-            self._drop_work_of_the_finished(name)
-        for draft in self.root.glob("working/**/.draft-*"):
-            shutil.rmtree(draft, ignore_errors=True)
-        for written in ("run.json", "config.json", "origins.json", "metrics/*.jsonl"):  # by who has the lock
-            folder, _, file = written.rpartition("/")
-            for draft in (self.root / folder).glob(f".{file}-*"):
+            with unless_held(self.lock(name)) as free:
+                if free:
+                    self._tidy_stage(name)
+        for written in ("run.json", "config.json", "origins.json"):  # by starts alone, one at a time
+            for draft in self.root.glob(f".{written}-*"):
                 draft.unlink(missing_ok=True)
         # Processes without the lock, such as a flow that writes its summary, may have files in the making.
         for draft in [*self.root.glob(".*.json-*"), *self.root.glob(".*.html-*")]:
             if time.time() - draft.stat().st_mtime > _SECONDS_OF_A_FILE:
                 draft.unlink(missing_ok=True)
+
+    def _tidy_stage(self, name: StageName) -> None:
+        for left in sorted(self.root.glob(f".{name}-*")):
+            if left.name.endswith(_RETIRED) and not self.stage(name).exists():
+                os.rename(left, self.stage(name))
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+        self._drop_work_of_the_finished(name)
+        for draft in self.working(name).glob("**/.draft-*"):
+            shutil.rmtree(draft, ignore_errors=True)
+        for draft in self.metrics(name).parent.glob(f".{name}*.jsonl-*"):
+            draft.unlink(missing_ok=True)
 
     def _drop_work_of_the_finished(self, name: StageName) -> None:
         """Drop what is older than the finished stage. Newer work is that of a stage that runs again."""
@@ -185,10 +222,9 @@ class RunDirectory:
         """Folder of the reward model's scores of a further file of pairs."""
         return self.root / "pairs" / name
 
-    @property
-    def lock(self) -> Path:
-        """Held by the process that works on the run."""
-        return self.root / "lock"
+    def lock(self, name: StageName | Literal["start"]) -> Path:
+        """Held by the process that works on the stage, or that makes the run ready for work."""
+        return self.root / LOCKS / name
 
     @property
     def summary(self) -> Path:
@@ -217,6 +253,18 @@ class RunDirectory:
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(self.working(name), ignore_errors=True)
+
+
+def _same(found: Any, own: Any) -> bool:
+    """Whether two owners' values agree. A folder may have moved, or lie elsewhere on another machine that shares the
+    run: its weights, whose digest stands in every manifest, tell whether it is the same."""
+    if isinstance(found, str) and isinstance(own, str) and os.path.isabs(found) and os.path.isabs(own):
+        return Path(found).name == Path(own).name
+    return bool(found == own)
+
+
+def _ignore(_: str) -> None:
+    """The stage itself will warn."""
 
 
 def _owner(loaded: LoadedConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pipeline.config import PipelineConfig
 from pipeline.config_file import flatten
 from pipeline.errors import ArtifactError, RunDirectoryError
 from pipeline.metrics import MetricsRow
-from pipeline.run_directory import MANIFEST, STAGES, RunDirectory, StageName, read_json
+from pipeline.run_directory import MANIFEST, STAGES, STARTING, RunDirectory, StageName, read_json
 from pipeline.run_lock import holder
 from pipeline.scored_pairs import HELD_OUT, SCORED, ScoredPair, read_scored
 
@@ -208,23 +208,14 @@ def _stages(
     run: RunDirectory, config: Mapping[str, Any], faults: list[str], *, with_files: bool
 ) -> dict[StageName, StageState]:
     names = [name for name in STAGES if name != "reward" or _has_reward_stage(run, config)]
-    at_work, since = _at_work(run, names)
-    found = {
-        name: _stage(name, run, config, since if name == at_work else None, faults, with_files=with_files)
-        for name in names
-    }
+    found = {name: _stage(name, run, config, _at_work(run, name), faults, with_files=with_files) for name in names}
     return {name: _as_of_its_parents(stage, found) for name, stage in found.items()}
 
 
-def _at_work(run: RunDirectory, names: Sequence[StageName]) -> tuple[StageName | None, str]:
-    """The stage that a process is at, and since when. Of one that could not say so, the first that has no result."""
-    found = holder(run.lock)
-    if found is None:
-        return None, ""
-    since = f"since {found.get('since', 'a while')}"
-    if "work" not in found:
-        return next((name for name in names if not run.stage(name).exists()), None), since
-    return next((name for name in names if f"the {name} stage" in str(found["work"])), None), since
+def _at_work(run: RunDirectory, name: StageName) -> str | None:
+    """Since when a process is at the stage. None: nobody is, or only to look whether it may start."""
+    found = holder(run.lock(name))
+    return None if found is None or found.get("work") == STARTING else f"since {found.get('since', 'a while')}"
 
 
 def _has_reward_stage(run: RunDirectory, config: Mapping[str, Any]) -> bool:

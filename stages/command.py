@@ -122,8 +122,9 @@ def _at_work(stage: StageName, loaded: LoadedConfig) -> Iterator[RunDirectory]:
     if not is_main_process():
         yield RunDirectory.find(loaded)
         return
-    directory = RunDirectory.open(loaded)
-    with directory.locked(f"the {stage} stage", warn=say), writing(directory.root):
+    parents = parents_of(stage, loaded.config)
+    directory = RunDirectory.open(loaded, [stage], parents)
+    with directory.locked(stage, reads=parents, warn=say), writing(directory.root):
         yield directory
 
 

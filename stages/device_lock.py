@@ -23,13 +23,16 @@ _SECONDS_BETWEEN_LINES = 300.0
 
 
 @contextmanager
-def device_lock(name: str | None, work: str, on_line: Callable[[str], None]) -> Iterator[None]:
+def device_lock(
+    name: str | None, work: str, on_line: Callable[[str], None], *, between_tries: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Have a device to oneself during the block; waits for as long as another run has it.
 
     Args:
         name: what the runs that share the device call it. None: it is not shared, nothing is locked.
         work: what is going to run there, for the message to those who wait.
         on_line: told when there is something to wait for, and now and then that it still lasts.
+        between_tries: called while it waits; may raise to give up.
 
     Raises:
         DeviceLockError: the lock's file cannot be opened.
@@ -40,7 +43,7 @@ def device_lock(name: str | None, work: str, on_line: Callable[[str], None]) -> 
     path = lock_path(name)
     descriptor = _open(path)
     try:
-        _wait_for(descriptor, name, on_line)
+        _wait_for(descriptor, name, on_line, between_tries)
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} with {work}".encode(), 0)
@@ -72,7 +75,7 @@ def _open(path: Path) -> int:
         ) from None
 
 
-def _wait_for(descriptor: int, name: str, on_line: Callable[[str], None]) -> None:
+def _wait_for(descriptor: int, name: str, on_line: Callable[[str], None], between_tries: Callable[[], None]) -> None:
     waiting_since = said_at = None
     while True:
         try:
@@ -87,6 +90,7 @@ def _wait_for(descriptor: int, name: str, on_line: Callable[[str], None]) -> Non
         if said_at is None or now - said_at >= _SECONDS_BETWEEN_LINES:
             said_at = now
             on_line(f"Waiting for the device {name!r}, which {_holder(descriptor)} has.")
+        between_tries()
         time.sleep(_SECONDS_BETWEEN_TRIES)
     if waiting_since is not None:
         on_line(f"The device {name!r} is free after {time.monotonic() - waiting_since:.0f} s.")

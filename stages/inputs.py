@@ -28,7 +28,7 @@ def parents_of(stage: StageName, config: PipelineConfig) -> tuple[StageName, ...
     if stage == "sft":
         return ()
     if stage == "reward":
-        return ("sft",)  # its samples calibrate the scores, also where the adapter starts from the base
+        return ("sft",) if config.reward_needs_sft else ()
     if stage == "ppo":
         return ("sft", "reward") if config.needs_reward_model else ("sft",)
     return ("sft", "reward", "ppo") if config.trains_reward_model else ("sft", "ppo")

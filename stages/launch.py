@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import IO, Any, Self
 import yaml
 
 from pipeline.artifacts import Manifest, read_manifest
-from pipeline.cards import has_accelerator
+from pipeline.cards import has_accelerator, visible_gpus
 from pipeline.config import LaunchSettings
 from pipeline.config_file import LoadedConfig
 from pipeline.disk import writing
@@ -37,10 +37,11 @@ from pipeline.errors import ConfigError, StageFailedError, StageInterruptedError
 from pipeline.progress import FORMAT_VARIABLE, ProgressUpdate, parse_machine_line
 from pipeline.run_directory import RunDirectory, StageName
 from stages.device_lock import device_lock
-from stages.inputs import find_current
+from stages.inputs import find_current, parents_of
 from stages.interruption import StoppedInOrder
 from stages.launcher_file import launcher_settings, read_launcher_file, resolve
 from stages.redaction import redaction
+from stages.side_by_side import SideBySide
 
 ERROR_FILE_VARIABLE = "TRIVET_ERROR_FILE"
 """Environment variable: where a stage that fails says why, as JSON."""
@@ -101,6 +102,7 @@ def ensure_stage(
     force: bool,
     on_line: Callable[[str], None],
     on_progress: Callable[[ProgressUpdate], None],
+    beside: SideBySide | None = None,
 ) -> StageResult:
     """The stage's result: the finished one if it is current, else that of a new run.
 
@@ -110,11 +112,12 @@ def ensure_stage(
         force: run the stage in any case.
         on_line: receives what the stage prints.
         on_progress: receives how far it has come.
+        beside: the stages that run at the same time in threads of this process. None: there are none.
 
     Raises:
         TrivetError: the stage failed, or what it needs is not there.
     """
-    run = RunDirectory.open(loaded)
+    run = RunDirectory.open(loaded, [stage], parents_of(stage, loaded.config))
     current, reason = find_current(stage, loaded, run, force=force)
     if current is not None and not force:
         on_line(f"{stage}: nothing to do; {reason}.")
@@ -124,7 +127,8 @@ def ensure_stage(
     launch, choice = resolve(loaded.config)
     if choice is not None:
         on_line(choice)
-    with device_lock(device_of(loaded.config.launch), f"the {stage} stage of {run.root.resolve()}", on_line):
+    device, work = device_of(loaded.config.launch), f"the {stage} stage of {run.root.resolve()}"
+    with device_lock(device, work, on_line) if beside is None else beside.device(device, stage, work, on_line):
         launch_stage(
             stage,
             loaded.path,
@@ -134,6 +138,7 @@ def ensure_stage(
             force=force,
             on_line=on_line,
             on_progress=on_progress,
+            beside=beside,
         )
     return stage_result(stage, run, read_manifest(run.stage(stage)), cached=False, reason=reason)
 
@@ -175,6 +180,7 @@ def launch_stage(
     on_line: Callable[[str], None],
     on_progress: Callable[[ProgressUpdate], None],
     module: str | None = None,
+    beside: SideBySide | None = None,
 ) -> None:
     """Run a stage to its end in processes of its own.
 
@@ -191,6 +197,7 @@ def launch_stage(
         on_line: receives every line that the stage prints, without terminal codes.
         on_progress: receives the state of the stage's progress bars; these lines are not in the log.
         module: the module to run. None: `stages.STAGE`.
+        beside: who else may ask the stage to stop. None: nobody.
 
     Raises:
         StageFailedError: the stage did not end well; holds what it said and the last lines of its log.
@@ -215,7 +222,7 @@ def launch_stage(
     with writing(log_path), tempfile.TemporaryDirectory(prefix="trivet-") as scratch, _Log(log_path, on_line) as log:
         error_path = Path(scratch) / "error.json"
         command = [
-            *_accelerate_command(launch, Path(scratch)),
+            *_accelerate_command(launch, Path(scratch), stage),
             *("--module", module or f"stages.{stage}"),
             *arguments,
         ]
@@ -223,7 +230,7 @@ def launch_stage(
         started = datetime.now(UTC).isoformat(timespec="seconds")
         log.write(f"--- {started} {stage} {' '.join(arguments)} ({_processes(launch)} process(es))")
         try:
-            code = _run_supervised(command, environment, log, keep, on_progress)
+            code = _run_supervised(command, environment, log, keep, on_progress, beside)
         except BaseException as error:  # an orchestrator may make an exception of its own of a signal
             if not isinstance(error, Exception) and _told(error_path).get("kind") == StageInterruptedError.__name__:
                 StoppedInOrder.happened = True
@@ -233,7 +240,8 @@ def launch_stage(
         if code != 0 or error_path.exists():
             killed = _was_killed(code, launcher_report)
             failure = _failure(stage, code, error_path, last_lines, log_path, killed=killed)
-            log.write(failure.summary if isinstance(failure, StageProcessError) else str(failure))
+            if isinstance(failure, StageProcessError):  # one that was stopped has said so itself
+                log.write(failure.summary)
             raise failure
 
 
@@ -265,7 +273,7 @@ class _Log:
             self._complete = False
 
 
-def _accelerate_command(launch: LaunchSettings, scratch: Path) -> list[str]:
+def _accelerate_command(launch: LaunchSettings, scratch: Path, stage: StageName) -> list[str]:
     """`accelerate launch` with a config file of our own, so that it does not read the user's default one."""
     if launch.accelerate_config is not None:
         config_file = launch.accelerate_config
@@ -276,7 +284,7 @@ def _accelerate_command(launch: LaunchSettings, scratch: Path) -> list[str]:
     # --quiet: without it a failing stage's own message is followed by a traceback of the launcher.
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", config_file),
-        *("--num_cpu_threads_per_process", str(_threads(launch))),
+        *("--num_cpu_threads_per_process", str(_threads(launch, stage))),
     ]
 
 
@@ -302,7 +310,28 @@ def child_environment(launch: LaunchSettings, stage: StageName | None = None) ->
         environment = _CPU_PAGES | (_CPU_FREED if stage in ("sft", "reward") else {}) | environment
         if launch.accelerate_config is None:
             environment["ACCELERATE_USE_CPU"] = "true"
+    elif gpus := _own_gpus(launch, stage):
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return environment
+
+
+def _shares(launch: LaunchSettings, stage: StageName | None) -> bool:
+    """Whether the stage runs, or would in a whole run, beside another one."""
+    return launch.side_by_side and stage in ("sft", "reward")
+
+
+def _own_gpus(launch: LaunchSettings, stage: StageName | None) -> tuple[str, ...]:
+    """The GPUs that a stage has to itself beside another one; none where it takes what there is."""
+    if not _shares(launch, stage):
+        return ()
+    return halves(visible_gpus(), launch.processes)[0 if stage == "sft" else 1]
+
+
+def halves(gpus: Sequence[str], processes: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """GPUs for two stages of so many processes each; nothing for either where there are not enough."""
+    if len(gpus) < 2 * processes:
+        return (), ()
+    return tuple(gpus[:processes]), tuple(gpus[processes : 2 * processes])
 
 
 def available_cores() -> int:
@@ -314,11 +343,14 @@ def available_cores() -> int:
     return max(1, cores)
 
 
-def _threads(launch: LaunchSettings) -> int:
-    """Threads for each process's arithmetic. Accelerate by itself would leave a CPU stage with one."""
+def _threads(launch: LaunchSettings, stage: StageName) -> int:
+    """Threads for each process's arithmetic. Accelerate by itself would leave a CPU stage with one.
+
+    A stage that may run beside another one has as many when it runs alone: sums depend on it in their last bits.
+    """
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, available_cores() // _processes(launch))
+    return max(1, available_cores() // (_processes(launch) * (2 if _shares(launch, stage) else 1)))
 
 
 def _processes(launch: LaunchSettings) -> int:
@@ -383,8 +415,12 @@ def _run_supervised(
     log: _Log,
     on_line: Callable[[str], None],
     on_progress: Callable[[ProgressUpdate], None],
+    beside: SideBySide | None,
 ) -> int:
-    with supervised(command, environment, output=subprocess.PIPE, error=subprocess.STDOUT) as process:
+    with (
+        supervised(command, environment, output=subprocess.PIPE, error=subprocess.STDOUT) as process,
+        nullcontext() if beside is None else beside.stopping(process),
+    ):
         assert process.stdout is not None
         # The end of this stream means that no process of the stage is left.
         with io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace") as lines:

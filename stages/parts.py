@@ -130,7 +130,7 @@ class Parts:
     def answers(
         self,
         roles: Roles,
-        role: Role,
+        role: Role | None,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingSettings,
         *,
@@ -161,7 +161,7 @@ class Parts:
             )
             return [[response.ids, response.finished] for response in responses]
 
-        found = self.compute(f"answers-{role}", batches, sample, on_batch)
+        found = self.compute(f"answers-{role or 'base'}", batches, sample, on_batch)
         return [Answer(tuple(ids), finished) for ids, finished in found]
 
 

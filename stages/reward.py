@@ -8,7 +8,8 @@ Stiennon et al. 2020, "Learning to summarize from human feedback", section 3.4; 
 token, under a LoRA adapter that starts as the SFT policy's. TRL's RewardTrainer drives the loop.
 
 A reward's zero and scale mean nothing, so afterwards the SFT policy answers some prompts, and the gain and bias
-that give its scores mean 0 and variance 1 are stored with the adapter.
+that give its scores mean 0 and variance 1 are stored with the adapter. Where `reward.start_from` and
+`reward.calibrate_on` are `base`, the bare base answers, and the stage can run beside SFT.
 
     python -m stages.reward CONFIG                                one process
     accelerate launch --num_processes 8 -m stages.reward CONFIG   eight
@@ -110,7 +111,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     share_out_to = sharers(World(), config.base)
     base = load_base(config.base, arguments.device)
     base_before = fingerprint(base.model)
-    sft = run.stage("sft")
+    sft = run.stage("sft") if config.reward_needs_sft else None
     seed_everything(config.seed, deterministic=config.deterministic)
     model, _ = reward_model_for_training(base, config.lora, sft if settings.start_from == "sft" else None)
     shards = None if share_out_to is None else Shards(base.model, trunk_of(base.model), share_out_to)
@@ -234,7 +235,7 @@ def build_trainer(
 
 
 def calibration_prompts(config: PipelineConfig, chat: ChatFormat, comparisons: Sequence[Comparison]) -> list[list[int]]:
-    """Prompts that the SFT policy answers for the calibration: some of PPO's, or of the pairs' where it has none."""
+    """Prompts that are answered for the calibration: some of PPO's, or of the pairs' where it has none."""
     texts: list[Text]
     if config.data.prompts.sources:
         texts = [row.prompt for row in load_prompts(config.data, chat, config.ppo.max_prompt_tokens).train]
@@ -259,9 +260,15 @@ def score_while_training(
 
 
 def as_roles(
-    base: Base, model: PeftModel, sft: Path, folder: Path, accelerator: Accelerator, shards: Shards | None
+    base: Base, model: PeftModel, sft: Path | None, folder: Path, accelerator: Accelerator, shards: Shards | None
 ) -> Roles:
-    """Save the trained adapter and head, take them off the base, and load them as PPO will, beside the SFT policy."""
+    """Save the trained adapter and head, take them off the base, and load them as PPO will, beside the SFT policy.
+
+    Args:
+        sft: folder of the SFT stage. None: the stage does without it.
+        folder: where the trained adapter is saved.
+        shards: the base, shared out. None: this process has all of it.
+    """
     if accelerator.is_main_process:
         model.save_pretrained(str(folder), save_embedding_layers=False)
     accelerator.wait_for_everyone()
@@ -269,7 +276,8 @@ def as_roles(
     reward_model.disable_input_require_grads()
     reward_model.gradient_checkpointing_disable()
     roles = Roles(base, shards=shards)
-    roles.add_from("reference", sft)
+    if sft is not None:
+        roles.add_from("reference", sft)
     roles.add_weights("reward", folder)
     roles.set_trainable()
     return roles
@@ -293,7 +301,7 @@ def require_same_scores(trained_B: Tensor, loaded_B: Tensor) -> None:
 def calibrate(
     roles: Roles, prompts: Sequence[Sequence[int]], config: PipelineConfig, parts: Parts
 ) -> tuple[Calibration, dict[str, float]]:
-    """Let the SFT policy answer, and find the gain and bias that standardise the scores of its answers.
+    """Let the SFT policy or the bare base answer, and find the gain and bias that standardise its answers' scores.
 
     Args:
         parts: shares the sampling with the other processes, and keeps what is done.
@@ -306,7 +314,7 @@ def calibrate(
     with deferred(), progress(len(prompts), "reward calibration", "answers") as bar:
         responses = parts.answers(
             roles,
-            "reference",
+            "reference" if config.reward.calibrate_on == "sft" else None,
             prompts,
             sampling,
             seed=(config.seed, "calibration"),

@@ -960,8 +960,8 @@ TABLE = (
     Mutation(
         "the bare base answers the calibration prompts",
         "stages/reward.py",
-        '            "reference",\n            prompts,',
-        "            None,\n            prompts,",
+        '"reference" if config.reward.calibrate_on == "sft" else None,',
+        "None,",
         (f"{REWARD}::test_calibrated_scores_of_the_sft_policy_have_mean_0_and_variance_1",),
     ),
     Mutation(
@@ -1038,17 +1038,79 @@ TABLE = (
     Mutation(
         "two processes work on one run",
         "pipeline/run_lock.py",
-        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "held.enter_context(_locked(path, fcntl.LOCK_EX, seconds, warn))",
+        "held.enter_context(_locked(path, fcntl.LOCK_SH, seconds, warn))",
         (
             f"{RUN_LOCK}::test_a_second_holder_is_refused_and_told_who_the_first_is",
             "tests/stages/test_one_at_a_time.py::test_a_second_start_is_refused_before_anything_starts",
         ),
     ),
     Mutation(
+        "a result is replaced while another stage reads it",
+        "pipeline/run_lock.py",
+        "for read in reads:\n",
+        "for read in ():\n",
+        (
+            f"{RUN_LOCK}::test_what_is_read_stays_and_may_be_read_by_others",
+            "tests/stages/test_one_at_a_time.py::test_a_second_start_is_refused_before_anything_starts",
+        ),
+    ),
+    Mutation(
+        "stages side by side: a signal stops one of them",
+        "stages/side_by_side.py",
+        "            self._processes.add(process)\n",
+        "            self._processes = {process}\n",
+        ("tests/stages/test_side_by_side.py::test_both_stop_in_order_when_asked",),
+    ),
+    Mutation(
+        "stages side by side: the first that is through gives the device back",
+        "stages/side_by_side.py",
+        "                self._at_device -= 1\n                if self._at_device == 0:",
+        "                self._at_device -= 1\n                if self._at_device <= 1:",
+        (
+            "tests/stages/test_side_by_side.py"
+            "::test_they_wait_for_another_run_together_and_keep_it_out_until_both_are_through",
+        ),
+    ),
+    Mutation(
+        "stages side by side: one that waits for the device cannot be stopped",
+        "stages/device_lock.py",
+        "        between_tries()\n",
+        "",
+        ("tests/stages/test_side_by_side.py::test_asked_to_stop_they_no_longer_wait_for_the_device",),
+    ),
+    Mutation(
+        "without SFT its policy is asked for the calibration all the same",
+        "stages/reward.py",
+        '"reference" if config.reward.calibrate_on == "sft" else None',
+        '"reference"',
+        (f"{REWARD}::test_without_sft_the_bare_base_calibrates",),
+    ),
+    Mutation(
+        "a reward model that takes nothing from SFT is made again when SFT changes",
+        "stages/inputs.py",
+        'return ("sft",) if config.reward_needs_sft else ()',
+        'return ("sft",)',
+        ("tests/stages/test_inputs.py::test_a_reward_model_that_takes_nothing_from_sft_stays_when_sft_changes",),
+    ),
+    Mutation(
+        "stages side by side: a stage that fails lets the other go on",
+        "flows/tasks.py",
+        "    order.beside.stop()\n    try:\n        wait(futures)",
+        "    try:\n        wait(futures)",
+        ("tests/flows/test_side_by_side.py::test_a_gate_that_one_misses_stops_the_other_in_order",),
+    ),
+    Mutation(
+        "a start tidies away what another stage is writing",
+        "pipeline/run_directory.py",
+        "                if free:\n                    self._tidy_stage(name)",
+        "                self._tidy_stage(name)",
+        (f"{RUN_DIRECTORY}::test_a_start_leaves_a_stage_alone_that_somebody_is_at",),
+    ),
+    Mutation(
         "a stage works without the lock",
         "stages/command.py",
-        'with directory.locked(f"the {stage} stage", warn=say), writing(directory.root):',
+        "with directory.locked(stage, reads=parents, warn=say), writing(directory.root):",
         "with writing(directory.root):",
         ("tests/stages/test_one_at_a_time.py::test_a_second_start_is_refused_before_anything_starts",),
     ),

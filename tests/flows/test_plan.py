@@ -51,6 +51,18 @@ def test_what_does_not_fit_comes_with_the_way_out() -> None:
     assert json.loads(again.stdout)["fits"]
 
 
+def test_stages_side_by_side_have_to_fit_together() -> None:
+    together = ["launch.side_by_side=true", "reward.start_from=base", "reward.calibrate_on=base"]
+    config = ROOT / "configs/one_gpu_8b.yaml"
+    assert "side by side" not in trivet("plan", config).stdout
+    for card, verdict in (("H200", "which fits H200"), ("12GB", "GiB more than there is")):
+        option = ("--memory" if card == "12GB" else "--card", card)
+        stages = json.loads(trivet("plan", config, *together, *option, "--json").stdout)["stages"]
+        needed = (stages["sft"]["device_bytes"] + stages["reward"]["device_bytes"]) / 2**30
+        said = trivet("plan", config, *together, *option).stdout.splitlines()[-1]
+        assert said.startswith(f"sft and reward side by side: {needed:.2f} GiB on one GPU, ") and verdict in said
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

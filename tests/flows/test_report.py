@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_stages import light_config, publish
+from finished_stages import light_config, publish, publish_all
 from reported_run import HOSTILE, answers, hostile_run, judged, lines, whole_run, write_metrics, write_samples
 from tiny_models import tiny_config
 from typer.testing import CliRunner, Result
@@ -179,7 +179,7 @@ def test_a_run_that_has_begun_shows_what_there_is(tmp_path: Path) -> None:
     publish("sft", loaded, run)
     write_metrics(run, "ppo", rounds=6)
     write_samples(run, rounds=6)
-    with run.locked("the ppo stage", warn=print):
+    with run.locked("ppo", warn=print):
         page = page_of(run.root)
     for text in ("ppo is at work, 6% done", "It is round 6.", "round 6", "There are no scores of held-out pairs"):
         assert text in page.text, text
@@ -349,3 +349,12 @@ def test_a_report_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     assert len(told) == 1 and "the run's report cannot be written" in told[0]
     LiveReport(tmp_path / "no-run", told.append).write()
     assert len(told) == 1
+
+
+def test_the_picture_shows_which_stage_starts_from_which(tmp_path: Path) -> None:
+    """Drawn wide and narrow: four arrows each, and three where the reward model takes nothing from SFT."""
+    apart = {"start_from": "base", "calibrate_on": "base"}
+    for settings, arrows in (({}, 8), ({"reward": apart}, 6)):
+        folder = tmp_path / str(arrows)
+        publish_all(light_config(folder, **settings))
+        assert len(page_of(folder / "run").having("class", "arrow")) == arrows

@@ -37,7 +37,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @linux_only
 def test_a_finished_run_is_reported_and_nothing_is_launched(tmp_path: Path, cache: Path) -> None:
-    """The whole command with the real Prefect, on stages that are finished: two runs, with and without a reward."""
+    """The whole command with the real Prefect, on finished stages: with a reward, without, and side by side."""
     path = light_config(tmp_path)
     publish_all(path)
     (tmp_path / "judge.py").write_text("def score(prompts, completions): return [0.0] * len(prompts)\n")
@@ -47,6 +47,10 @@ def test_a_finished_run_is_reported_and_nothing_is_launched(tmp_path: Path, cach
         ppo={"rewards": [{"function": str(tmp_path / "judge.py") + ":score"}]},
     )
     publish_all(bare_path)
+    apart_path = light_config(
+        tmp_path / "apart", reward={"start_from": "base", "calibrate_on": "base"}, launch={"side_by_side": True}
+    )
+    publish_all(apart_path)
     program = f"""
 import sys
 from flows.cli import main
@@ -58,6 +62,8 @@ except SystemExit as end:
 from flows.rlhf import rlhf
 summary = rlhf({str(bare_path)!r}, ["registry.promote=passed", {f"registry.folder={tmp_path}/registry"!r}], False)
 assert list(summary["stages"]) == ["sft", "ppo", "evaluate"], summary
+summary = rlhf({str(apart_path)!r}, [], False)
+assert [stage["cached"] for stage in summary["stages"].values()] == [True] * 4, summary
 assert "torch" not in sys.modules
 """
     command = [sys.executable, "-c", program]

@@ -45,7 +45,7 @@ def text(of: Console) -> str:
 def test_runs_in_a_pipe_are_lines(tmp_path: Path) -> None:
     whole_run(tmp_path / "a", name="whole")
     run = going_run(tmp_path / "b")
-    with run.locked("the ppo stage", warn=print):
+    with run.locked("ppo", warn=print):
         result = trivet("runs", tmp_path)
     assert result.exit_code == 0, result.output
     rows = {Path(line.split("\t")[0]).name: line.split("\t")[1:] for line in result.stdout.splitlines()}
@@ -86,7 +86,7 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path: Path) -> None:
     run = going_run(tmp_path)
     run.metrics("sft").write_text("garbage\n")
     found = console()
-    with run.locked("the ppo stage", warn=print):
+    with run.locked("ppo", warn=print):
         show_run(run.root, found)
     for said in (
         "going 75%",
@@ -116,7 +116,7 @@ def test_watching_follows_the_run_to_its_end(tmp_path: Path, terminal: bool, mon
 
     def work() -> None:
         watcher = threading.Thread(target=watch_run, args=(run.root, found))
-        with run.locked("the ppo stage", warn=print):
+        with run.locked("ppo", warn=print):
             watcher.start()
             wait_for("round 6")
             write_metrics(run, "ppo", rounds=7)

@@ -5,7 +5,6 @@ The tests of this file share one server and one run directory, and follow each o
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -16,150 +15,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from real_runs import ROOT, environment, no_process_with, processes_with, wait_for
-from tiny_models import tiny_config
+from box import PASSWORD, Box
+from real_runs import no_process_with, processes_with, wait_for
 
-from flows.server import answers
 from pipeline.artifacts import read_manifest
-from pipeline.config_file import LoadedConfig
 from pipeline.registry import Registry
 from pipeline.run_directory import STAGES, RunDirectory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-PASSWORD = "trivet:open-sesame-8"
-"""The server wants it everywhere in this file."""
-
 LONG = ["ppo.iterations=30", "ppo.checkpoint_every=1"]
 """PPO long enough to be stopped twice."""
-
-
-class Box:
-    """A machine on which `trivet up` runs, in a Prefect home of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        reward = {"batch_size": 4, "microbatch_size": 2, "max_length": 128, "max_steps": 4, "calibration_prompts": 8}
-        self.loaded: LoadedConfig = tiny_config(folder, reward=reward | {"log_every": 1})
-        self.run = RunDirectory(self.loaded.config.run_dir)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/api"
-        (folder / "cache").mkdir()
-        self.environment = environment(folder / "cache") | {
-            "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_SERVER_API_AUTH_STRING": PASSWORD,
-            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",
-            "PREFECT_CLI_COLORS": "false",
-            "COLUMNS": "200",
-        }
-        self.mark = f"PREFECT_HOME={folder / 'prefect'}"
-        deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-        for deployment in deployments["deployments"]:
-            deployment["entrypoint"] = f"{ROOT}/{deployment['entrypoint']}"
-            deployment["parameters"] = {"config": "tiny.yaml"}
-        (folder / "prefect.yaml").write_text(yaml.safe_dump(deployments))
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def up(self) -> None:
-        before = len(self.said())
-        with (self.folder / "up.log").open("ab") as log:
-            command = [sys.executable, "-m", "flows.cli", "up", "--port", str(self.port)]
-            self.process = subprocess.Popen(
-                command, env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT
-            )
-        wait_for(lambda: "The page" in self.said()[before:] or self.ended(), "trivet up", 180, self.said)
-        assert not self.ended(), self.said()
-
-    def down(self) -> int:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(120)
-
-    def ended(self) -> bool:
-        return self.process is None or self.process.poll() is not None
-
-    def answers(self) -> bool:
-        return answers(self.url)
-
-    def said(self) -> str:
-        path = self.folder / "up.log"
-        return path.read_text() if path.exists() else ""
-
-    def prefect(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "prefect", *arguments]
-        variables = self.environment | {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": PASSWORD}
-        done = subprocess.run(
-            command, env=variables, cwd=self.folder, capture_output=True, text=True, timeout=400, check=False
-        )
-        assert not check or done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}\n{self.said()}"
-        return done
-
-    def submit(self, deployment: str, *overrides: str) -> str:
-        """Submit a run; its id."""
-        said = self.prefect("deployment", "run", deployment, "--params", json.dumps({"overrides": overrides})).stdout
-        return said.partition("UUID: ")[2].split()[0]
-
-    def watch(self, deployment: str, *overrides: str, check: bool = True) -> tuple[str, str]:
-        """Submit a run and wait for its end; its id, and what the command says."""
-        parameters = ("--params", json.dumps({"overrides": overrides}))
-        done = self.prefect(
-            "deployment", "run", deployment, *parameters, "--watch", "--watch-timeout", "380", check=check
-        )
-        return done.stdout.partition("UUID: ")[2].split()[0], done.stdout
-
-    def ask(self, path: str, method: str = "POST", **body: Any) -> Any:
-        password = base64.b64encode(PASSWORD.encode()).decode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Basic {password}"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers, method=method)
-        for _ in range(50):
-            try:
-                answer = urllib.request.urlopen(request, timeout=30).read()
-                return json.loads(answer) if answer else None
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # its database is busy; Prefect's own client asks again as well
-                    raise
-            time.sleep(0.2)
-        raise AssertionError(f"the server stays busy: {path}\n{self.said()}")
-
-    def state(self, run_id: str) -> str:
-        return str(self.ask(f"/flow_runs/{run_id}", method="GET")["state"]["name"])
-
-    def reaches(self, run_id: str, state: str, seconds: float = 300.0) -> None:
-        wait_for(lambda: self.state(run_id) == state, f"the run is {state}", seconds, self.said)
-
-    def tasks(self, run_id: str) -> dict[str, dict[str, Any]]:
-        found = self.ask("/task_runs/filter", flow_runs={"id": {"any_": [run_id]}})
-        return {task["name"].rpartition("-")[0]: task["state"] for task in found}
-
-    def process_of(self, program: str) -> int:
-        """The process id of Prefect's server or worker."""
-        lines = processes_with(self.mark)
-        (pid,) = [pid for pid, line in lines.items() if f"prefect {program} start" in line and "supervisor" not in line]
-        return pid
-
-    def stage_processes(self) -> list[str]:
-        """The command lines of stages, which do not inherit Prefect's settings."""
-        return [line for line in processes_with(f"XDG_CACHE_HOME={self.folder}").values() if "stages." in line]
-
-    def iterations(self) -> int:
-        path = self.run.metrics("ppo")
-        return len(path.read_text().splitlines()) if path.exists() else 0
-
-    def is_in_ppo(self, more_than: int) -> None:
-        """Wait until PPO is at work, so many iterations done."""
-        wait_for(
-            lambda: any("stages.ppo" in line for line in self.stage_processes()) and self.iterations() > more_than,
-            f"PPO is past iteration {more_than}",
-            240,
-            self.said,
-        )
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +49,21 @@ def test_a_mistake_is_refused_at_submission(box: Box) -> None:
     assert "'sft.epoch=1' does not match" in refused.stdout
     refused = box.prefect("deployment", "run", "sft/quickstart", "-p", "config=run.txt", check=False)
     assert refused.returncode == 1
+    refused = box.prefect("deployment", "run", "rlhf/quickstart", "-p", "config=later.yaml", check=False)
+    assert refused.returncode == 1
+    assert "'later.yaml' is not one of ['tiny.yaml']" in " ".join(refused.stdout.split())
     assert box.ask("/flow_runs/filter") == []
+
+    (box.folder / "later.yaml").write_text("")  # from now on it is there
+    deployment = "/deployments/name/rlhf/quickstart"
+
+    def configs() -> list[str]:
+        found: list[str] = box.ask(deployment, method="GET")["parameter_openapi_schema"]["properties"]["config"][
+            "else"
+        ]["enum"]
+        return found
+
+    wait_for(lambda: configs() == ["later.yaml", "tiny.yaml"], "the server knows of the new config", 30, box.said)
 
 
 def test_a_deployment_runs_all_stages_then_none(box: Box) -> None:
@@ -288,6 +170,39 @@ def test_a_cancelled_run_leaves_nothing_and_resumes_also_after_its_worker_was_ki
     steps = [json.loads(line)["step"] for line in box.run.metrics("ppo").read_text().splitlines()]
     assert steps == list(range(1, 31))
     assert read_manifest(box.run.stage("ppo")).extra["iterations"] == 30
+
+
+def test_a_stage_whose_process_is_killed_is_tried_again_and_resumes(box: Box) -> None:
+    box.run.metrics("ppo").unlink()
+    run = box.submit("rlhf/quickstart", "ppo.iterations=12", "ppo.checkpoint_every=1")
+    box.is_in_ppo(more_than=1)
+    for pid, command in processes_with(f"XDG_CACHE_HOME={box.folder}").items():
+        if " -m stages.ppo " in command:
+            os.kill(pid, signal.SIGKILL)  # as the system does for lack of memory
+    box.reaches(run, "Completed")
+    assert box.run.log("ppo").read_text().count("the ppo stage's process ended") == 1
+    (ppo,) = box.ask("/task_runs/filter", flow_runs={"id": {"any_": [run]}}, task_runs={"name": {"like_": "ppo"}})
+    assert ppo["run_count"] == 2
+    assert [json.loads(line)["step"] for line in box.run.metrics("ppo").read_text().splitlines()] == list(range(1, 13))
+
+
+def test_a_cancelled_run_stops_both_stages_that_run_side_by_side(box: Box) -> None:
+    endless = [f"{stage}.max_steps=100000" for stage in ("sft", "reward")]
+    apart = ["launch.side_by_side=true", "reward.start_from=base", "reward.calibrate_on=base"]
+    run = RunDirectory(box.folder / "other")
+    cancelled = box.submit("rlhf/quickstart", f"run_dir={run.root}", *apart, *endless)
+    metrics = [run.metrics("sft"), run.metrics("reward")]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in metrics), "both learn", 200, box.said)
+    assert {name: state["name"] for name, state in box.tasks(cancelled).items()} == {
+        "sft": "Running",
+        "reward": "Running",
+    }
+    box.prefect("flow-run", "cancel", cancelled)
+    wait_for(lambda: not box.stage_processes(), "their processes have ended", 30, box.said)
+    box.reaches(cancelled, "Cancelled", 30)
+    for stage in ("sft", "reward"):
+        assert f"{stage}: stopped as asked" in run.log(stage).read_text()
+        assert list((run.root / "working" / stage).rglob("*")), "a checkpoint"
 
 
 def test_it_survives_its_server_ends_in_order_and_its_runs_go_on_when_it_is_up_again(box: Box) -> None:

@@ -106,7 +106,7 @@ def test_an_unfinished_run_says_what_it_is_at(tmp_path: Path) -> None:
     loaded = load_config(light_config(tmp_path))
     run = RunDirectory.open(loaded)
     assert verdict_of(read_run(run.root)).headline == "Not judged yet"
-    with run.locked("the sft stage", warn=print):
+    with run.locked("sft", warn=print):
         assert verdict_of(read_run(run.root)).headline == "sft is at work"
     run.working("sft").mkdir(parents=True)
     assert verdict_of(read_run(run.root)).headline == "sft was interrupted"

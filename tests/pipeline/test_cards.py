@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cards
-from pipeline.cards import CARDS, GIB, cards_here, find_card, main_memory
+from pipeline.cards import CARDS, GIB, cards_here, find_card, main_memory, visible_gpus
 from pipeline.errors import ConfigError
 
 
@@ -50,6 +50,16 @@ def test_the_driver_tells_what_is_here(tmp_path: Path, monkeypatch: pytest.Monke
     for visible, names in (("1", ["Tesla V100-SXM2-16GB"]), ("GPU-a", ["NVIDIA L4"]), ("", []), ("-1", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert [card.name for card in cards_here()] == names
+
+
+def test_the_gpus_that_may_be_used_have_the_names_that_cuda_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver(tmp_path, monkeypatch, "0, GPU-a, NVIDIA L4, 23034\n1, GPU-b, NVIDIA L4, 23034\n")
+    assert visible_gpus() == ("0", "1")
+    for visible, names in (("1", ("1",)), ("GPU-b, GPU-a", ("GPU-b", "GPU-a")), ("", ()), ("-1", ())):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert visible_gpus() == names
 
 
 def test_a_driver_that_says_nothing_is_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

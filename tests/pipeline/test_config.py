@@ -227,6 +227,27 @@ def test_numbers_and_merged_groups_are_read_as_people_write_them(tmp_path: Path)
             "set it to 2 at least",
         ),
         (["ppo.rewards=[{function: 'a.py:gold'}]"], "rename the function a.py:gold"),
+        (["reward.calibrate_on=base"], "set reward.start_from=base, or remove reward.calibrate_on"),
+        (["launch.side_by_side=true"], "set reward.start_from=base and reward.calibrate_on=base, or remove"),
+        (["launch.side_by_side=true", "reward.start_from=base"], "set reward.calibrate_on=base, or remove"),
+        (
+            ["launch.side_by_side=true", "ppo.rewards=[{function: 'a.py:f'}]", "data.preferences.sources=[]"],
+            "trains no reward model beside SFT; remove it",
+        ),
+        (
+            [
+                *("launch.side_by_side=true", "reward.start_from=base", "reward.calibrate_on=base"),
+                *("launch.machines=2", "launch.main_address=a", *EVEN),
+            ],
+            "launch.machines is 2, which meet at one launch.main_port",
+        ),
+        (
+            [
+                *("launch.side_by_side=true", "reward.start_from=base", "reward.calibrate_on=base"),
+                "launch.accelerate_config=a.yaml",
+            ],
+            "launch.accelerate_config decides which GPUs and ports",
+        ),
         (["gates.judge=gold"], "does not judge here; choose of reward_model"),
         (
             ["gates.min_reward_accuracy=0.6", "ppo.rewards=[{function: 'a.py:f'}]", "data.preferences.sources=[]"],

@@ -111,9 +111,9 @@ def test_a_full_disk_still_tells_who_works_on_the_run(small_disk: Path) -> None:
     run = RunDirectory(small_disk)
     fill(small_disk)
     with (
-        run.locked("the sft stage", warn=pytest.fail),
+        run.locked("sft", warn=pytest.fail),
         pytest.raises(RunDirectoryError, match="in use"),
-        run.locked("the ppo stage", warn=pytest.fail),
+        run.locked("ppo", reads=["sft"], warn=pytest.fail),
     ):
         pass
 

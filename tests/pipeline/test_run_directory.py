@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_a_result_that_a_kill_left_half_replaced_comes_back(tmp_path):
     done = subprocess.run(command, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not run.stage("sft").exists() and len(list(run.root.glob(".sft-*"))) == 2
-    RunDirectory.open(loaded)
+    RunDirectory.open(loaded, ["ppo"], ["sft"])  # also at the start of a stage that reads it
     assert (run.stage("sft") / "file").read_text() == "old"
     assert not list(run.root.glob(".*"))
 
@@ -135,6 +136,34 @@ def test_what_killed_processes_left_goes_at_the_next_start(tmp_path):
     assert [path.name for path in run.root.glob(".*")] == [".summary.json-new"], "another process may be writing it"
 
 
+def test_a_start_leaves_a_stage_alone_that_somebody_is_at(tmp_path):
+    loaded = tiny_config(tmp_path)
+    run = RunDirectory.open(loaded)
+    drafts = [run.root / ".sft-abcdefgh", run.working("sft") / ".draft-xyz", run.root / ".reward-abcdefgh"]
+    for draft in drafts:
+        draft.mkdir(parents=True)
+    with run.locked("sft", warn=pytest.fail):
+        RunDirectory.open(loaded, ["reward"])
+        assert [draft.exists() for draft in drafts] == [True, True, False]
+        with pytest.raises(RunDirectoryError, match="has been at the sft stage"):
+            RunDirectory.open(loaded, ["ppo"], ["sft", "reward"])
+        with pytest.raises(RunDirectoryError, match="has been at the sft stage"):
+            RunDirectory.open(loaded)
+        with pytest.raises(RunDirectoryError, match="belongs to another config"):  # which has left no file so far
+            RunDirectory.open(tiny_config(tmp_path, "base.revision=other"), ["reward"])
+    RunDirectory.open(loaded, ["reward"])
+    assert not any(draft.exists() for draft in drafts)
+
+
+def test_starts_wait_for_each_other(tmp_path):
+    """Two stages that start at the same moment: neither is refused, and run.json is that of one of them."""
+    loaded = tiny_config(tmp_path)
+    with ThreadPoolExecutor(8) as threads:
+        names = [*("sft", "reward", "ppo", "evaluate")] * 3
+        runs = list(threads.map(lambda name: RunDirectory.open(loaded, [name]), names))
+    assert len(runs) == 12 and read_json(runs[0].root / "run.json")["config_name"] == "tiny.yaml"
+
+
 def test_a_run_opens_again_under_its_own_config(tmp_path):
     RunDirectory.open(tiny_config(tmp_path))
     run = RunDirectory.open(tiny_config(tmp_path, "ppo.learning_rate=0.5"))
@@ -152,6 +181,19 @@ def test_another_base_is_refused_and_the_field_is_named(tmp_path, override, fiel
     (run.root / left).write_text("work")
     with pytest.raises(RunDirectoryError, match=f"its {field} is"):
         RunDirectory.open(tiny_config(tmp_path, override))
+
+
+def test_a_base_that_lies_elsewhere_is_not_another_one(tmp_path):
+    """As where two machines see a shared folder under different paths. Another name, and another hub id, are others."""
+    loaded = tiny_config(tmp_path)
+    RunDirectory.open(loaded).stage("sft").mkdir()
+    base = Path(loaded.config.base.model)
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "mnt" / base.name).symlink_to(base)
+    RunDirectory.open(tiny_config(tmp_path, f"base.model={tmp_path}/mnt/{base.name}"))
+    for other in (str(base.with_name("other-base")), f"org/{base.name}"):
+        with pytest.raises(RunDirectoryError, match="its base_model is"):
+            RunDirectory.open(tiny_config(tmp_path, f"base.model={other}"))
 
 
 def test_a_start_that_went_no_further_leaves_the_folder_free(tmp_path):

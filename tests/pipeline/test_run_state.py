@@ -15,7 +15,7 @@ from pipeline.artifacts import read_manifest
 from pipeline.config_file import LoadedConfig, load_config
 from pipeline.errors import RunDirectoryError
 from pipeline.metrics import MetricsWriter
-from pipeline.run_directory import STAGES, RunDirectory, StageName
+from pipeline.run_directory import STAGES, STARTING, RunDirectory, StageName
 from pipeline.run_lock import holder
 from pipeline.run_state import find_runs, read_run
 
@@ -64,7 +64,7 @@ def test_the_stage_whose_process_holds_the_lock_is_going(begun: tuple[LoadedConf
     loaded, run = begun
     publish("sft", loaded, run)
     write_metrics(run, "ppo", rounds=5)
-    with run.locked("the ppo stage", warn=print):
+    with run.locked("ppo", warn=print):
         state = read_run(run.root)
         assert state.is_going and state.status == "going"
         assert statuses(run) == {"sft": "finished", "reward": "waiting", "ppo": "going", "evaluate": "waiting"}
@@ -74,15 +74,25 @@ def test_the_stage_whose_process_holds_the_lock_is_going(begun: tuple[LoadedConf
 
 def test_looking_does_not_take_the_lock(begun: tuple[LoadedConfig, RunDirectory]) -> None:
     _, run = begun
-    assert holder(run.lock) is None
-    with run.locked("the sft stage", warn=print):
-        found = holder(run.lock)
+    assert holder(run.lock("sft")) is None
+    with run.locked("sft", warn=print):
+        found = holder(run.lock("sft"))
         assert found is not None and found["pid"] == os.getpid() and found["work"] == "the sft stage"
-    with run.locked("its start", warn=print):
+    with run.locked("sft", STARTING, warn=print):
         assert statuses(run) == dict.fromkeys(STAGES, "waiting")
-        run.lock.write_text("")  # as on a full disk
+        run.lock("sft").write_text("")  # as on a full disk
         assert statuses(run) == {"sft": "going", "reward": "waiting", "ppo": "waiting", "evaluate": "waiting"}
     assert holder(run.root / "absent") is None
+
+
+def test_two_stages_are_going_at_once_and_what_is_read_is_not(begun: tuple[LoadedConfig, RunDirectory]) -> None:
+    loaded, run = begun
+    with run.locked("sft", warn=print), run.locked("reward", warn=print):
+        assert statuses(run) == {"sft": "going", "reward": "going", "ppo": "waiting", "evaluate": "waiting"}
+    for stage in ("sft", "reward"):
+        publish(stage, loaded, run)
+    with run.locked("ppo", reads=["sft", "reward"], warn=print):
+        assert statuses(run) == {"sft": "finished", "reward": "finished", "ppo": "going", "evaluate": "waiting"}
 
 
 def test_what_a_log_says_of_the_last_start(begun: tuple[LoadedConfig, RunDirectory]) -> None:

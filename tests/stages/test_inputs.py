@@ -12,7 +12,7 @@ from pipeline.artifacts import digest
 from pipeline.config_file import load_config
 from pipeline.errors import ForeignResultError
 from pipeline.run_directory import STAGES, RunDirectory
-from stages.inputs import find_current, stage_inputs
+from stages.inputs import find_current, parents_of, stage_inputs
 
 # What a setting changes by itself; the stages after that follow by their parents' digests.
 CHANGES = [
@@ -21,6 +21,8 @@ CHANGES = [
     ("sft.log_every=50", set()),
     ("lora.rank=4", {"sft", "reward"}),
     ("reward.calibration_prompts=16", {"reward"}),
+    ("reward.start_from=base", {"reward"}),
+    ("launch.side_by_side=true reward.start_from=base reward.calibrate_on=base", {"reward"}),
     ("ppo.rollout.batch_size=8", {"reward", "ppo"}),
     ("ppo.rollout.weights=merged", {"reward", "ppo", "evaluate"}),
     ("ppo.rollout.engine=paged", {"reward", "ppo", "evaluate"}),
@@ -45,7 +47,7 @@ def test_a_setting_changes_the_stages_whose_result_follows_from_it(
     finished: Path, override: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a relative cache folder is made there
-    before, after = load_config(finished).config, load_config(finished, [override]).config
+    before, after = load_config(finished).config, load_config(finished, override.split()).config
     run = RunDirectory(before.run_dir)
     found = {
         stage for stage in STAGES if digest(stage_inputs(stage, before, run)) != digest(stage_inputs(stage, after, run))
@@ -62,6 +64,16 @@ def test_where_a_server_is_changes_no_result(finished: Path) -> None:
     for stage in STAGES:
         one, other = (digest(stage_inputs(stage, config, run)) for config in configs)
         assert one == other, stage
+
+
+def test_a_reward_model_that_takes_nothing_from_sft_stays_when_sft_changes(finished: Path) -> None:
+    apart = ["reward.start_from=base", "reward.calibrate_on=base"]
+    for overrides, parents in (([], ("sft",)), (apart[:1], ("sft",)), (apart, ())):
+        loaded = load_config(finished, overrides)
+        assert parents_of("reward", loaded.config) == parents
+        inputs = stage_inputs("reward", loaded.config, RunDirectory(loaded.config.run_dir))
+        assert tuple(inputs["parents"]) == parents
+        assert parents_of("ppo", loaded.config) == ("sft", "reward")
 
 
 def test_a_result_whose_figures_were_edited_is_made_again(finished: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ from pipeline.config import LaunchSettings
 from pipeline.config_file import load_config
 from pipeline.errors import StageFailedError, StageInterruptedError
 from pipeline.progress import ProgressUpdate
+from pipeline.run_directory import STAGES
 from stages import launch as module
 from stages.interruption import StoppedInOrder
 from stages.launch import StageProcessError, available_cores, child_environment, launch_stage, supervised
@@ -255,16 +257,33 @@ def test_the_error_survives_pickling() -> None:
 def test_cores_are_shared_out_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [module._threads(LaunchSettings(processes=n)) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert [module._threads(LaunchSettings(processes=n), "sft") for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    beside = LaunchSettings(side_by_side=True)
+    assert [module._threads(beside, stage) for stage in STAGES] == [4, 4, 8, 8]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert module._threads(LaunchSettings()) == 5
+    assert module._threads(LaunchSettings(), "sft") == 5
+
+
+def test_stages_side_by_side_have_gpus_of_their_own_where_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_accelerator", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c,GPU-d,GPU-e")
+    everything = os.environ["CUDA_VISIBLE_DEVICES"]
+
+    def gpus(**settings: Any) -> list[str]:
+        launch = LaunchSettings(**settings)
+        return [child_environment(launch, stage)["CUDA_VISIBLE_DEVICES"] for stage in STAGES]
+
+    assert gpus() == [everything] * 4
+    assert gpus(side_by_side=True) == ["GPU-a", "GPU-b", everything, everything]
+    assert gpus(side_by_side=True, processes=2) == ["GPU-a,GPU-b", "GPU-c,GPU-d", everything, everything]
+    assert gpus(side_by_side=True, processes=3) == [everything] * 4
 
 
 def test_an_own_accelerate_config_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("distributed_type: FSDP\nnum_processes: 8\nnum_machines: 2\n")
     launch = LaunchSettings(accelerate_config=str(path))
-    command = module._accelerate_command(launch, tmp_path)
+    command = module._accelerate_command(launch, tmp_path, "ppo")
     assert command[command.index("--config_file") + 1] == str(path)
     assert module._processes(launch) == 4
     monkeypatch.setattr(module, "has_accelerator", lambda: False)

@@ -14,6 +14,7 @@ from flows.cli import main
 from pipeline.config_file import load_config
 from pipeline.errors import RunDirectoryError
 from pipeline.run_directory import RunDirectory
+from stages.inputs import parents_of
 from stages.launch import ensure_stage
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,20 @@ def test_a_second_start_is_refused_before_anything_starts(config: Path, at_work:
         ensure_stage("sft", load_config(config, ["seed=5"]), force=False, on_line=print, on_progress=print)
     assert not (config.parent / "run" / "logs").exists(), "nothing was launched"
     assert (config.parent / "run" / "config.json").read_bytes() == before
+
+
+def test_a_stage_that_needs_nothing_of_the_other_starts_beside_it(config: Path, at_work: subprocess.Popen[str]) -> None:
+    """The evaluation reads what is being made; a reward model that PPO does not use is nobody's business."""
+    loaded = load_config(config, ["ppo.rewards=[{function: judge.py:score}]"])
+    with pytest.raises(RunDirectoryError, match=f"process {at_work.pid} has been at the ppo stage"):
+        RunDirectory.open(loaded, ["evaluate"], parents_of("evaluate", loaded.config))
+    with pytest.raises(RunDirectoryError, match=f"process {at_work.pid} has been at the ppo stage"):
+        RunDirectory.open(loaded, ["reward"], parents_of("reward", loaded.config))
+    at_work.kill()
+    at_work.wait()
+    run = RunDirectory.open(loaded)
+    with run.locked("ppo", reads=parents_of("ppo", loaded.config), warn=pytest.fail):
+        RunDirectory.open(loaded, ["reward"], parents_of("reward", loaded.config))
 
 
 def test_the_command_line_refuses_too(

@@ -27,7 +27,7 @@ from pipeline.batching import pad
 from pipeline.config import LoraSettings, PipelineConfig
 from pipeline.config_file import LoadedConfig
 from pipeline.errors import ArtifactError, DataError, DivergenceError, IncompatibleAdapterError
-from pipeline.generation import SamplingSettings, generate
+from pipeline.generation import SamplingSettings, draw, generate, uniforms
 from pipeline.metrics import read_metrics
 from pipeline.records import Comparison, Message, Origin
 from pipeline.rewards import Calibration
@@ -464,6 +464,34 @@ def test_without_prompts_those_of_the_pairs_calibrate(tmp_path: Path) -> None:
     assert prompts == reward.calibration_prompts(config, chat, [*rows, *rows])
     other = config.model_copy(update={"seed": 2})
     assert prompts != reward.calibration_prompts(other, chat, [*rows, *rows])
+
+
+@pytest.mark.parametrize("weights", ["adapter", "merged"])
+def test_without_sft_the_bare_base_calibrates(tmp_path: Path, weights: str) -> None:
+    """The stage alone, in a run that has no SFT result, with a calibration that a bare model reproduces."""
+    apart = ["reward.start_from=base", "reward.calibrate_on=base", f"ppo.rollout.weights={weights}"]
+    loaded = pairs_config(tmp_path, *apart, "reward.learning_rate=0.02", "base.quantization=none")
+    manifest = run(loaded)
+    assert manifest.parents == {} and not RunDirectory(loaded.config.run_dir).stage("sft").exists()
+    base, config = load_base(loaded.config.base, "cpu"), loaded.config
+    prompts = reward.calibration_prompts(config, base.chat, [])
+    answers = []
+    for number, prompt in enumerate(prompts):  # no adapter has ever been on this model
+        ids, chance_T = list(prompt), uniforms((0, "calibration"), [number], SamplingSettings(8))[0]
+        for chance in chance_T:
+            with torch.no_grad():
+                probabilities_1V = base.model(torch.tensor([ids])).logits[:, -1].softmax(dim=-1)
+            ids.append(int(draw(probabilities_1V, chance[None])))
+            if ids[-1] == base.chat.eos_token_id:
+                break
+        answers.append(ids)
+    roles = Roles(base)
+    roles.add_from("reward", folder_of(loaded))
+    raw_B = score_rewards(roles, answers, max_tokens=1000)
+    assert manifest.reward_gain is not None and manifest.reward_bias is not None
+    standard_B = Calibration(manifest.reward_gain, manifest.reward_bias).apply(raw_B.double())
+    assert float(standard_B.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(standard_B.std(correction=0)) == pytest.approx(1, abs=1e-3)
 
 
 def test_a_correlation_with_what_does_not_vary_is_none() -> None:
