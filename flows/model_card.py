@@ -246,6 +246,8 @@ def _limits(found: FinishedRun, about: Mapping[str, Any]) -> Iterator[str]:
         yield "- A reward stands for people's wishes only as far as its data does; PPO takes what the reward likes."
     if about["form"] == "adapter":
         yield "- It fits the base above, quantized as above; on another base or arithmetic its figures do not hold."
+    elif about["form"] == "requantized":
+        yield "- It was quantized after merging, which costs a part of what the adapter had learnt; see above how much."
     else:
         yield "- The weights are those of the quantized base, dequantized, not of the checkpoint before quantization."
     for caution in found.cautions:

@@ -274,6 +274,10 @@ def _make_model(
         wanted: Any = agreement.scores_of_adapter(found, roles)
     else:
         wanted = agreement.answers_of_adapter(roles, role, agreement.comparison_prompts(found, roles))
+    if order.form == "requantized":
+        del roles
+        release_memory()
+        roles = _on_unquantized_base(found, order.stage, role)
     say("Merging ...")
     merged = draft / "merged" if order.form in ("requantized", "gguf") else draft
     save_merged(roles, role, dtype, merged)
@@ -301,6 +305,22 @@ def _loaded(found: FinishedRun, stage: StageName) -> tuple[Roles, Role]:
     roles.disable_dropout()
     roles.inference_mode()
     return roles, role
+
+
+def _on_unquantized_base(found: FinishedRun, stage: StageName, role: Role) -> Roles:
+    """The adapter on the base before it was quantized, to be merged and quantized again.
+
+    Dequantized weights lie on the grid that they would be rounded to, and an adapter's change is smaller than its
+    steps: rounding would take nearly all of it back. Added to the weights before quantization, it moves as many of
+    them over to the next step as it is large.
+    """
+    from pipeline.base_model import load_base
+    from pipeline.roles import Roles
+
+    roles = Roles(load_base(found.base.model_copy(update={"quantization": "none"})))
+    roles.add_weights(role, found.run.stage(stage))  # `_loaded` has verified that it belongs to this base
+    roles.set_trainable()
+    return roles
 
 
 def _reload(folder: Path, dtype: torch.dtype, device: torch.device, order: ExportOrder) -> Any:

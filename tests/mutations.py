@@ -1597,6 +1597,13 @@ TABLE = (
         (f"{EXPORT}::test_merged_weights_say_what_the_adapter_says",),
     ),
     Mutation(
+        "export: weights are quantized again on the grid that they lie on",
+        "stages/export.py",
+        'if order.form == "requantized":\n        del roles',
+        "if False:\n        del roles",
+        (f"{EXPORT}::test_quantizing_again_does_not_round_the_adapter_away",),
+    ),
+    Mutation(
         "export: a tied output head comes along",
         "pipeline/plain_model.py",
         "if head is None or head.weight is not embedding.weight:",

@@ -38,6 +38,7 @@ def usable_run(
     architecture: str = "llama",
     tokenizer_variant: str = "chatml",
     window: int | None = None,
+    size: float = SIZE,
     **settings: Any,
 ) -> LoadedConfig:
     """A run with these stages finished.
@@ -48,6 +49,7 @@ def usable_run(
         architecture: of the base.
         tokenizer_variant: of `tiny_tokenizer`.
         window: tokens that the base says it reads; None: 512.
+        size: of the adapters' changes.
         settings: sections of the config.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,7 @@ def usable_run(
                 roles,
                 role,  # type: ignore[arg-type]
                 seed=number,
-                scale=SIZE,
+                scale=size,
                 head=stage == "reward",
                 lora=loaded.config.lora,
             )

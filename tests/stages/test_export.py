@@ -220,6 +220,17 @@ def test_requantized_weights_load_in_plain_transformers(loaded: LoadedConfig, tm
     assert read_json(folder / EXPORT)["agreement"]["logits_mean"] > 0
 
 
+def test_quantizing_again_does_not_round_the_adapter_away(tmp_path: Path) -> None:
+    """An adapter whose changes are smaller than the steps of NF4: its effect on the logits is still there."""
+    loaded = usable_run(tmp_path, ("sft",), size=0.04)
+    folder = exported(loaded, "sft", tmp_path / "out", "--form", "requantized", "--dtype", "float32")
+    roles = roles_of(loaded, "sft", "policy")
+    with torch.no_grad(), roles.active(None):
+        base = roles.model(input_ids=IDS_BL).logits
+    effect, found = adapter_logits(loaded, "sft") - base, plain_logits(folder) - base
+    assert 0.5 < float((found * effect).sum() / effect.square().sum()) < 1.5
+
+
 def test_gguf_needs_the_converter(loaded: LoadedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("LLAMA_CPP", raising=False)
