@@ -59,6 +59,7 @@ NOT_RUN = {
     r"\S*python benchmarks/": "measures for minutes; its --help is asked for the options",
     r"pip install ": "needs a network; the extra is looked up in pyproject.toml",
     r"cp ": "what it copies is looked up",
+    r"vllm |trivet ppo .*engine=vllm": "needs vLLM and a GPU; tests/pipeline/test_engines.py speaks with a server",
     r"tensorboard ": "serves a page until it is ended; tests/pipeline/test_trackers.py reads the events",
 }
 """Calls that are not made, and why. What can be known of them without is still checked: `CHECKS`."""
@@ -90,6 +91,7 @@ PROGRAMS = (
     "pip",
     "cp",
     "tensorboard",
+    "vllm",
     "srun",
     "scontrol",
 )
