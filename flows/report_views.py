@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +63,12 @@ class RunView:
         first = self.verdict.judgement
         return [] if first is None else [first, *self.verdict.others]
 
+    @cached_property
+    def yardsticks(self) -> list[Yardstick]:
+        """PPO against others than SFT: the base, and the best of n answers of SFT."""
+        figures = self.state.stages["evaluate"].figures if "evaluate" in self.state.stages else {}
+        return list(_yardsticks(figures))
+
     @property
     def seconds(self) -> float:
         """Of all finished stages together."""
@@ -90,6 +96,9 @@ class RunView:
         if (accuracy := as_estimate(figures.get("reward", {}).get("held_out_accuracy"))) is not None:
             note = f"[{accuracy.low:.2f}, {accuracy.high:.2f}] of {accuracy.n} held-out pairs"
             found.append(("Reward accuracy", f"{accuracy.value:.2f}", note))
+        kept, forgotten = (_inside(figures.get("evaluate", {}), "perplexity", name) for name in ("sft", "ppo"))
+        if isinstance(kept, (int, float)) and isinstance(forgotten, (int, float)):
+            found.append(("Perplexity, SFT's data", f"{kept:.2f} → {forgotten:.2f}", "held out; a rise is forgetting"))
         before, after = (figures.get("sft", {}).get(f"held_out_loss_{when}") for when in ("before", "after"))
         if isinstance(before, (int, float)) and isinstance(after, (int, float)):
             found.append(("SFT loss, held out", f"{before:.2f} → {after:.2f}", "nats a token"))
@@ -290,6 +299,32 @@ class AnswerView:
         self.length = len(ppo)
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """What one judge says of PPO against another than SFT; `before` is the other's mean score, `after` PPO's."""
+
+    name: str
+    judge: str
+    win_rate: Estimate
+    length_controlled: Estimate | None
+    before: Estimate | None
+    after: Estimate | None
+
+
+def _yardsticks(figures: Mapping[str, Any]) -> Iterator[Yardstick]:
+    n, kl = _inside(figures, "best_of_n", "n"), _inside(figures, "best_of_n", "kl")
+    best = f"the best of {n} answers of SFT"
+    if isinstance(kl, (int, float)):
+        best += f" (KL at most {kl:.2f} nats)"
+    for key, contestant, name in (("against_base", "base", "the base"), ("best_of_n", "best_of_n", best)):
+        rates = _inside(figures, key, "win_rate")
+        for judge, rate in rates.items() if isinstance(rates, Mapping) else ():
+            if (found := as_estimate(rate)) is not None:
+                scores = [as_estimate(_inside(figures, "mean_score", judge, one)) for one in (contestant, "ppo")]
+                controlled = as_estimate(_inside(figures, key, "length_controlled_win_rate", judge))
+                yield Yardstick(name, str(judge), found, controlled, *scores)
+
+
 class DataView:
     """What the sources of one stage gave."""
 
@@ -343,6 +378,8 @@ class Comparison:
         for judge in judges:
             rates = figure("evaluate", "win_rate", judge)
             add(f"PPO over SFT, {judge_name(judge)}", "share of prompts", [_interval(rate) for rate in rates])
+            fair = figure("evaluate", "length_controlled_win_rate", judge)
+            add(f"... between answers of equal length, {judge_name(judge)}", "", [_interval(rate) for rate in fair])
             for name in ("sft", "ppo"):
                 means = figure("evaluate", "mean_score", judge, name)
                 add(f"Mean score of {name.upper()}, {judge_name(judge)}", "score", [_interval(one) for one in means])

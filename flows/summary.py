@@ -34,7 +34,17 @@ _KEY_FIGURES = {
     "sft": ("held_out_loss", "held_out_perplexity"),
     "reward": ("held_out_accuracy",),
     "ppo": ("objective/score", "kl/policy_reference_k1", "response/length_mean", "response/eos_rate"),
-    "evaluate": ("n", "kl", "win_rate", "mean_score", "response"),
+    "evaluate": (
+        "n",
+        "kl",
+        "win_rate",
+        "length_controlled_win_rate",
+        "against_base",
+        "best_of_n",
+        "perplexity",
+        "mean_score",
+        "response",
+    ),
 }
 """Beginnings of the names that the table shows."""
 

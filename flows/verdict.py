@@ -22,6 +22,8 @@ class Judgement:
     """What one judge says of the policy against SFT.
 
     `difference` is the mean of PPO's score less SFT's, prompt by prompt; None where the single scores are not kept.
+    `length_controlled` is the win rate that is expected of answers of equal length (`pipeline.length_control`).
+    `held_out` says that the config names the judge, whom training does not see.
     """
 
     judge: str
@@ -32,6 +34,8 @@ class Judgement:
     before: Estimate | None
     after: Estimate | None
     difference: Estimate | None
+    length_controlled: Estimate | None = None
+    held_out: bool = False
 
     @property
     def outcome(self) -> Outcome:
@@ -43,7 +47,7 @@ class Judgement:
     @property
     def is_independent(self) -> bool:
         """Whether training did not see it."""
-        return self.judge == "gold"
+        return self.judge == "gold" or self.held_out
 
     @property
     def line(self) -> str:
@@ -103,12 +107,13 @@ _HEADLINES = {
 
 
 def judgements_of(state: RunState) -> Iterator[Judgement]:
-    """All judges' opinions, the one to trust most first: gold, then the reward model, then functions."""
+    """All judges' opinions, the one to trust most first: gold, held-out judges, the reward model, then functions."""
     stage = state.stages.get("evaluate")
     figures: Mapping[str, Any] = stage.figures if stage else {}
     rates, means = _mapping(figures.get("win_rate")), _mapping(figures.get("mean_score"))
-    order = {"gold": 0, "reward_model": 1}
-    for judge in sorted(rates, key=lambda name: order.get(name, 2)):
+    controlled, held_out = _mapping(figures.get("length_controlled_win_rate")), _mapping(figures.get("judges"))
+    order = {"gold": 0, **dict.fromkeys(held_out, 1), "reward_model": 2}
+    for judge in sorted(rates, key=lambda name: order.get(name, 3)):
         rate = as_estimate(rates[judge])
         if rate is None:
             continue
@@ -124,6 +129,8 @@ def judgements_of(state: RunState) -> Iterator[Judgement]:
             as_estimate(scores.get("sft")),
             as_estimate(scores.get("ppo")),
             _difference(state, judge),
+            as_estimate(controlled.get(judge)),
+            judge in held_out,
         )
 
 
@@ -170,6 +177,13 @@ def _cautions(state: RunState, first: Judgement, others: Sequence[Judgement]) ->
     hacked = [one for one in others if one.outcome == "better" and not one.is_independent]
     if first.is_independent and first.outcome == "worse" and hacked:
         yield "PPO pleases its reward and not the gold measure: the policy exploits the reward."
+    fair = first.length_controlled
+    if fair is not None and first.outcome == "better" and fair.low <= 0.5:
+        yield (
+            f"Between answers of equal length the win rate would be {fair.value:.2f} [{fair.low:.2f}, {fair.high:.2f}]:"
+            " part of the gain may be length."
+        )
+    yield from _silent_judges(state)
     lengths = [_length(state, name) for name in ("sft", "ppo")]
     if lengths[0] is not None and lengths[1] is not None and lengths[0].value > 0:
         ratio = lengths[1].value / lengths[0].value
@@ -181,6 +195,18 @@ def _cautions(state: RunState, first: Judgement, others: Sequence[Judgement]) ->
     stage = state.stages["evaluate"]
     if stage.status not in ("finished", "going"):
         yield f"The evaluation is {stage.status}: {stage.reason}."
+
+
+def _silent_judges(state: RunState) -> Iterator[str]:
+    """Judges that could not be asked about every prompt."""
+    for name, judge in _mapping(state.stages["evaluate"].figures.get("judges")).items():
+        for about in _mapping(judge).values():
+            if not isinstance(about, Mapping) or not (errors := _mapping(about.get("errors"))):
+                continue
+            yield (
+                f"The judge {name} answered only {about.get('answered')} of {about.get('asked')} questions:"
+                f" {next(iter(errors))}."
+            )
 
 
 def _length(state: RunState, name: str) -> Estimate | None:

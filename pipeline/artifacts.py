@@ -115,6 +115,12 @@ def unseal(content: Mapping[str, Any], where: Path, remedy: str) -> dict[str, An
     return plain
 
 
+def reward_folder(path: str | Path) -> Path:
+    """Where a reward adapter lies: in a run's folder, or in this very one."""
+    folder = Path(path)
+    return folder / "reward" if (folder / "reward" / MANIFEST).exists() else folder
+
+
 def folder_files(folder: Path, besides: str = MANIFEST) -> dict[str, str]:
     """The digest of every file in a folder, but for one, by its path relative to the folder.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ KL_ERROR_CLIP = 0.2
 
 
 EngineChoice = Literal["auto", "generate", "paged", "vllm"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class Section(BaseModel):
@@ -355,6 +357,44 @@ class PPOSettings(Section):
     """How many checkpoints are kept."""
 
 
+class JudgeSettings(Section):
+    """A further judge of the evaluation: another reward model, or a model behind an endpoint. Training sees neither."""
+
+    name: str | None = Field(None, pattern=r"^[\w.-]+$")
+    """What figures call it. None: the folder's name, or the model's."""
+    reward_run: str | None = None
+    """Folder of another run on the same base, or of its `reward` stage, relative to the working directory: its reward
+    model judges."""
+    endpoint: str | None = Field(None, pattern=r"^https?://[^\s?#@]+$")
+    """Address of an OpenAI-compatible API, such as `http://127.0.0.1:8000/v1`, that is shown both answers, in either
+    order."""
+    model: str | None = None
+    """For `endpoint`: the model's name there."""
+    api_key_variable: str | None = None
+    """For `endpoint`: the environment variable that holds the key. The key itself has no place in a config."""
+    instructions: str | None = None
+    """For `endpoint`: what the judge should look for. None: whom the answer serves better."""
+    prompts: int | None = Field(None, ge=2)
+    """For `endpoint`: ask about that many prompts at the most. None: all."""
+    max_tokens: int = Field(16, ge=1)
+    """For `endpoint`: tokens of its reply; more for a model that thinks first."""
+    concurrency: int = Field(4, ge=1, le=64)
+    """For `endpoint`: requests at a time."""
+    retries: int = Field(4, ge=0)
+    """For `endpoint`: attempts after one that failed, with pauses of 1, 2, 4, ... seconds, or what it asks for."""
+    timeout: float = Field(60.0, gt=0)
+    """For `endpoint`: seconds to wait for a reply."""
+
+    @property
+    def label(self) -> str:
+        """What figures call it."""
+        if self.name is not None:
+            return self.name
+        path = (self.reward_run or "").rstrip("/")
+        last = path.removesuffix("/reward").rpartition("/")[2] if path else self.model or ""
+        return re.sub(r"[^\w.-]", "-", last.rpartition("/")[2])
+
+
 class EvaluateSettings(Section):
     """The judgement of the policy against SFT on held-out prompts (stage 4)."""
 
@@ -370,6 +410,15 @@ class EvaluateSettings(Section):
     """`FILE.py:FUNCTION`, a measure that training never sees, called like a reward function. None: none."""
     samples: int = Field(8, ge=0)
     """Side-by-side answers that are shown."""
+    judges: tuple[JudgeSettings, ...] = ()
+    """Further judges, besides `gold` and whatever PPO is rewarded by."""
+    opponents: tuple[Literal["sft", "base"], ...] = ("sft",)
+    """Whom PPO is compared with. SFT always is; `base` is the model before any training, which answers then too."""
+    best_of: int = Field(1, ge=1)
+    """n: as a yardstick, the best of n answers of SFT by PPO's reward answers too. 1: no yardstick."""
+    perplexity_rows: int = Field(64, ge=0)
+    """Held-out rows of the instructions on which SFT's and PPO's perplexity is measured, to see what was forgotten.
+    0: none."""
 
 
 class LaunchSettings(Section):
@@ -451,6 +500,9 @@ class PipelineConfig(Section):
     """Every random draw follows from it."""
     deterministic: bool = False
     """Ask torch for deterministic kernels: the same machine gives the same bytes."""
+    trackers: Literal["auto"] | tuple[TrackerName, ...] = "auto"
+    """Where figures go besides RUN/metrics: some of `tensorboard` (into RUN/tensorboard), `wandb`, `mlflow`, `trackio`.
+    `auto`: TensorBoard where it is installed. No result depends on it."""
     base: BaseSettings
     lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
@@ -462,12 +514,18 @@ class PipelineConfig(Section):
     gates: GateSettings = GateSettings()
     registry: RegistrySettings = RegistrySettings()
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and value != "auto" else value
+
     @property
     def judges(self) -> tuple[str, ...]:
         """Who judges in the evaluation, the one to trust most first."""
         functions = tuple(source.name for source in self.ppo.rewards if source.function is not None)
         gold = () if self.evaluate.gold is None else ("gold",)
-        return (*gold, *(("reward_model",) if self.trains_reward_model else ()), *functions)
+        held_out = tuple(judge.label for judge in self.evaluate.judges)
+        return (*gold, *held_out, *(("reward_model",) if self.trains_reward_model else ()), *functions)
 
     @property
     def gate_judge(self) -> str:
@@ -532,10 +590,17 @@ class PipelineConfig(Section):
             f" {ppo.iterations} rounds see {ppo.iterations * ppo.prompts_per_iteration} prompts."
         )
         sentences.append(
-            f"evaluate: up to {self.evaluate.prompts} held-out prompts, answered by the SFT and the PPO policy,"
+            f"evaluate: up to {self.evaluate.prompts} held-out prompts, answered by {self._contestants},"
             f" at most {self.evaluation_max_new_tokens} tokens each at temperature {self.evaluation_temperature:g}."
         )
         return sentences
+
+    @property
+    def _contestants(self) -> str:
+        others = ["the base"] if "base" in self.evaluate.opponents else []
+        if self.evaluate.best_of > 1:
+            others.append(f"the SFT policy {self.evaluate.best_of} times over")
+        return ", ".join(["the SFT and the PPO policy", *others])
 
     @property
     def _processes_key(self) -> str:
@@ -622,6 +687,7 @@ class PipelineConfig(Section):
             )
         yield from self._launch_contradictions()
         yield from self._order_contradictions()
+        yield from self._judge_contradictions()
         if self.gates.judge is not None and self.gates.judge not in self.judges:
             yield f"gates.judge is '{self.gates.judge}', who does not judge here; choose of {', '.join(self.judges)}"
         if self.gates.min_reward_accuracy is not None and not self.trains_reward_model:
@@ -685,6 +751,21 @@ class PipelineConfig(Section):
                 f"launch.side_by_side is true, but launch.machines is {self.launch.machines}, which meet at one"
                 " launch.main_port for one stage at a time; remove launch.side_by_side"
             )
+
+    def _judge_contradictions(self) -> Iterator[str]:
+        endpoint_only = {"model", "api_key_variable", "instructions", "prompts", "max_tokens", "concurrency"}
+        endpoint_only |= {"retries", "timeout"}
+        for number, judge in enumerate(self.evaluate.judges):
+            key = f"evaluate.judges[{number}]"
+            if (judge.reward_run is None) == (judge.endpoint is None):
+                yield f"{key} names {'no judge' if judge.endpoint is None else 'two'}; give reward_run, or endpoint"
+            elif judge.endpoint is not None and judge.model is None:
+                yield f"{key}.endpoint is set, but not which model there; set {key}.model"
+            elif judge.reward_run is not None and (surplus := sorted(endpoint_only & judge.model_fields_set)):
+                yield f"{key}.{surplus[0]} is for an endpoint, and this judge is a reward model; remove it"
+        names = self.judges
+        for name in sorted({judge.label for judge in self.evaluate.judges if names.count(judge.label) > 1}):
+            yield f"two judges of the evaluation are called '{name}'; give one in evaluate.judges another name"
 
     def _launch_contradictions(self) -> Iterator[str]:
         launch, base = self.launch, self.base

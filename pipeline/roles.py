@@ -39,7 +39,7 @@ from pipeline.tensor_tree import save_tensors
 
 SamplingWeights = Literal["auto", "merged", "adapter"]
 Packing = Literal["auto", "always", "never"]
-Role = Literal["policy", "reference", "reward", "value"]
+Role = Literal["policy", "reference", "reward", "value", "judge"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -156,6 +156,17 @@ class Roles:
         if source in self.heads:
             self.add_head(target, bias=self.heads[source].bias is not None)
             self.heads[target].load_state_dict(self.heads[source].state_dict())
+
+    def remove(self, role: Role) -> None:
+        """Take an adapter and its head away again; another may then come under the name."""
+        if self._active == role:
+            self._activate(next(name for name in self.model.peft_config if name != role))  # type: ignore[arg-type]
+        active = self._active
+        self.model.delete_adapter(role)
+        self.heads.pop(role, None)
+        self._trainable.discard(role)
+        self._active = "removed"  # type: ignore[assignment]  # PEFT has activated whom it liked
+        self._activate(active)
 
     def add_head(self, role: Role, *, bias: bool) -> ScalarHead:
         """A fresh scalar head for the role."""

@@ -218,6 +218,11 @@ class RunDirectory:
         """A JSON line a step."""
         return self.root / "metrics" / f"{name}.jsonl"
 
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's events, a folder a stage."""
+        return self.root / "tensorboard"
+
     def judged_pairs(self, name: str) -> Path:
         """Folder of the reward model's scores of a further file of pairs."""
         return self.root / "pairs" / name

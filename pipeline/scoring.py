@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.batching import pad
 from pipeline.errors import DivergenceError
 from pipeline.logprobs import TokenLogprobs, token_logprobs
+from pipeline.records import TokenizedExample
 from pipeline.roles import Role, Roles
 from pipeline.scalar_head import last_token
 
@@ -137,17 +138,33 @@ def score_logprobs_and_values(
     return [logprobs_T for logprobs_T, _ in both], [values_T for _, values_T in both]
 
 
-def score_rewards(roles: Roles, sequences: Sequence[Sequence[int]], *, max_tokens: int) -> Tensor:
-    """The reward adapter's raw score at the last token of each sequence: [B] in float32, on the CPU."""
+def score_rewards(
+    roles: Roles, sequences: Sequence[Sequence[int]], *, max_tokens: int, role: Role = "reward"
+) -> Tensor:
+    """A reward adapter's raw score at the last token of each sequence: [B] in float32, on the CPU."""
     scores_B = torch.empty(len(sequences), dtype=torch.float32)
     roles.inference_mode()
-    with torch.no_grad(), roles.active("reward"):
+    with torch.no_grad(), roles.active(role):
         for group in roles.microbatches([len(sequence) for sequence in sequences], max_tokens):
             roles.between_passes()
             ids_BL, mask_BL = pad([sequences[index] for index in group], roles.device)
             hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
-            scores_B[group] = roles.head_values("reward", last_token(hidden_BLD, mask_BL)).cpu()
+            scores_B[group] = roles.head_values(role, last_token(hidden_BLD, mask_BL)).cpu()
     return scores_B
+
+
+def said_logprobs(roles: Roles, rows: Sequence[TokenizedExample]) -> Tensor:
+    """What the assistant says in each row, under the active role: [B, 2] in float64, log-probability and tokens."""
+    ids_BL, mask_BL = pad([row.ids for row in rows], roles.device)
+    said_BL, _ = pad([row.loss_mask for row in rows], roles.device)
+    hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
+    said_BT = said_BL[:, 1:].bool()  # the state before a token predicts it
+    logprobs_N = token_logprobs(
+        hidden_BLD[:, :-1][said_BT], ids_BL[:, 1:][said_BT], roles.logits, chunk_tokens=LOGIT_CHUNK_TOKENS
+    ).logprobs_N
+    count_B = said_BT.sum(dim=1)
+    sums = [logprobs_T.double().sum() for logprobs_T in torch.split(logprobs_N, count_B.tolist())]
+    return torch.stack([torch.stack(sums), count_B.double()], dim=1)
 
 
 def require_finite(values: Tensor, what: str, *, where: str) -> Tensor:

@@ -28,6 +28,7 @@ from pipeline.errors import StageInterruptedError, TrivetError
 from pipeline.memory import megabytes
 from pipeline.progress import duration, is_main_process, say
 from pipeline.run_directory import RunDirectory, StageName
+from pipeline.trackers import require_trackers
 from stages import interruption
 from stages.inputs import find_current, parents_of
 from stages.interruption import EXIT_INTERRUPTED, Interrupted
@@ -108,6 +109,7 @@ def _run_unless_current(stage: StageName, run: Run, loaded: LoadedConfig, *, for
         if manifest is not None and not force:
             say(f"{stage}: nothing to do; {reason}.")
             return
+        require_trackers(loaded.config)
         say(f"{stage}: starting; {'run again on demand' if manifest is not None else reason}.")
         finished = run(loaded, directory)
         say(

@@ -2,8 +2,10 @@
 
     win rate = (wins + ties / 2) / n,   KL = E_policy[ sum_t log pi - log pi_SFT ]
 
-Judges are the reward model, every reward function, and the gold measure, which training never saw. Win rates
-come with Wilson's 95% interval, means with the normal one. Left out: judges that need a network.
+Judges are the reward model, every reward function, the gold measure, which training never saw, and whoever
+`evaluate.judges` names: reward models of other runs, and endpoints (`stages.judges`). Win rates come with Wilson's 95%
+interval, means with the normal one, and length-controlled win rates with that of `pipeline.length_control`. On demand
+the base answers as well, and the best of n answers of SFT (`stages.yardsticks`).
 
     python -m stages.evaluate CONFIG [key=value ...]
     accelerate launch -m stages.evaluate CONFIG
@@ -12,7 +14,7 @@ come with Wilson's 95% interval, means with the normal one. Left out: judges tha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,19 +26,21 @@ from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_files import load_tokenizer
 from pipeline.base_model import Base, base_identity, fingerprint, load_base, require_unchanged
 from pipeline.chat import ChatFormat
+from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
-from pipeline.datasets import load_prompts
+from pipeline.datasets import load_instructions, load_prompts
 from pipeline.distributed import World, seed_everything
 from pipeline.engines import require_engine
 from pipeline.generation import SamplingSettings
 from pipeline.kl import kl_k1
+from pipeline.length_control import length_controlled_win_rate
 from pipeline.memory_budget import MemoryBudget
 from pipeline.progress import progress, say
-from pipeline.records import Prompt, as_plain
+from pipeline.records import Prompt, TokenizedExample, as_plain
 from pipeline.rewards import Calibration, RewardFunction
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory, write_json
-from pipeline.scoring import Episode, require_finite, score_logprobs, score_rewards
+from pipeline.scoring import Episode, require_finite, score_logprobs
 from pipeline.sharding import sharers
 from pipeline.statistics import mean_interval, win_rate
 from stages.command import stage_main
@@ -44,11 +48,23 @@ from stages.experience import Budgets
 from stages.gates import require_fitting_parents
 from stages.inputs import stage_inputs
 from stages.interruption import deferred, stop_alone
+from stages.judges import (
+    Preferences,
+    preferences_of,
+    raw_scores,
+    require_judges,
+    scores_of_another_reward_model,
+    where_of,
+)
 from stages.parts import Parts, batches_of
 from stages.result import StageClock, finish
+from stages.yardsticks import best_of, best_of_n_kl, perplexities, rewards_of
 
-CONTESTANTS: tuple[tuple[str, Role], ...] = (("sft", "reference"), ("ppo", "policy"))
-"""Who answers, under which role."""
+CONTESTANTS: tuple[tuple[str, Role | None], ...] = (("sft", "reference"), ("ppo", "policy"))
+"""Who always answers, under which role."""
+
+BEST_OF_N = "best_of_n"
+"""What the best of n answers of SFT is called."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,54 @@ class Answers:
     episodes: list[Episode]
     texts: list[str]
     finished: list[bool]
+
+    def some(self, numbers: Sequence[int]) -> Answers:
+        """Those with these numbers."""
+        return Answers(
+            [self.episodes[number] for number in numbers],
+            [self.texts[number] for number in numbers],
+            [self.finished[number] for number in numbers],
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that came of it.
+
+    `scores` are by judge and contestant, a number a prompt; `opinions` of judges who see two answers at once, by judge
+    and opponent; `kl_B` is each of PPO's answers' KL to SFT in nats.
+    """
+
+    prompts: Sequence[Prompt]
+    answers: Mapping[str, Answers]
+    scores: Mapping[str, Mapping[str, list[float]]]
+    opinions: Mapping[str, Mapping[str, Preferences]]
+    kl_B: Sequence[float]
+    forgetting: Mapping[str, Any] | None
+
+    def points(self, opponent: str) -> Iterator[tuple[str, list[float | None]]]:
+        """By each judge, 1 where PPO beats the opponent, 0 where it loses, 0.5 for a tie, None where nobody knows."""
+        for judge, scores in self.scores.items():
+            pairs = zip(scores["ppo"], scores[opponent], strict=True)
+            yield judge, [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in pairs]
+        for judge, opinions in self.opinions.items():
+            if opponent in opinions and any(point is not None for point in opinions[opponent].points):
+                known = opinions[opponent].points
+                yield judge, [*known, *[None] * (len(self.prompts) - len(known))]
+
+    def against(self, opponent: str) -> dict[str, Any]:
+        """PPO's win rates against an opponent, as they are and length-controlled, by judge."""
+        lengths = [
+            len(ours.response) - len(theirs.response)
+            for ours, theirs in zip(self.answers["ppo"].episodes, self.answers[opponent].episodes, strict=True)
+        ]
+        rates, controlled = {}, {}
+        for judge, points in self.points(opponent):
+            known = [(point, gap) for point, gap in zip(points, lengths, strict=True) if point is not None]
+            won = [point for point, _ in known]
+            rates[judge] = count(won)
+            controlled[judge] = length_controlled_win_rate(won, [gap for _, gap in known]).as_dict()
+        return {"win_rate": rates, "length_controlled_win_rate": controlled}
 
 
 def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
@@ -83,10 +147,13 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         functions["gold"] = RewardFunction(config.evaluate.gold, what="gold function")
     for function in functions.values():
         function.probe(prompts)
+    rows = held_out_rows(config, chat)
 
     inputs = stage_inputs("evaluate", config, run)
     require_engine(config.ppo.rollout)
-    require_fitting_parents("evaluate", config, run, base_identity(config.base, chat, world.device))
+    identity = base_identity(config.base, chat, world.device)
+    require_fitting_parents("evaluate", config, run, identity)
+    require_judges(config, identity)
 
     # Adapters.
     share_out_to = sharers(world, config.base)
@@ -124,46 +191,100 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         in_step=roles.shards is not None,
     )
     roles.between_passes = partial(stop_alone, world)
-    answers = {}
-    with deferred(), progress(2 * len(prompts), "evaluate", "answers") as bar:
-        for name, role in CONTESTANTS:
-            answers[name] = answer(
-                parts,
-                roles,
-                role,
-                prompts,
-                sampling,
-                seed=(config.seed, "evaluate"),
-                on_batch=bar.advance,
-            )
+    contestants = [*CONTESTANTS, *([("base", None)] if "base" in config.evaluate.opponents else [])]
+    n = config.evaluate.best_of
+    candidates = [prompt for prompt in prompts for _ in range(n)] if n > 1 else []
+    answers, drawn = {}, None
+    ask = partial(answer, parts, roles, sampling=sampling)
+    with deferred(), progress(len(contestants) * len(prompts) + len(candidates), "evaluate", "answers") as bar:
+        for name, role in contestants:
+            answers[name] = ask(role, prompts, seed=(config.seed, "evaluate"), on_batch=bar.advance)
+        if candidates:
+            seed = (config.seed, "best of n")
+            drawn = ask("reference", candidates, seed=seed, on_batch=bar.advance, name=BEST_OF_N)
 
     # Judge.
     batches = batches_of([len(episode.prompt) for episode in answers["ppo"].episodes], sampling.batch_size)
     scores: dict[str, dict[str, list[float]]] = {}
-    with deferred(), progress((3 if reward_manifest else 1) * len(prompts), "evaluate", "scores") as bar:
+    others = [judge for judge in config.evaluate.judges if judge.reward_run is not None]
+    passes = (len(answers) if reward_manifest else 0) + 1 + len(others) * (len(answers) + (n > 1))
+    total = passes * len(prompts) + (len(candidates) if reward_manifest else 0) + len(contestants) * len(rows)
+    with deferred(), progress(total, "evaluate", "scores") as bar:
+        of_candidates = None
         if reward_manifest is not None:
             calibration = Calibration.of(reward_manifest)
-            raw = {
-                name: parts.compute(
-                    f"reward-{name}", batches, partial(raw_scores, roles, found.episodes, budgets), bar.advance
+
+            def standardised(name: str, episodes: list[Episode], batches: Sequence[Sequence[int]]) -> list[float]:
+                raw = parts.compute(
+                    f"reward-{name}", batches, partial(raw_scores, roles, episodes, budgets), bar.advance
                 )
-                for name, found in answers.items()
-            }
+                numbers: list[float] = calibration.apply(torch.tensor(raw)).tolist()
+                return numbers
+
             scores["reward_model"] = {
-                name: calibration.apply(torch.tensor(found)).tolist() for name, found in raw.items()
+                name: standardised(name, found.episodes, batches) for name, found in answers.items()
             }
+            if drawn is not None:
+                lengths = [len(episode.prompt) for episode in drawn.episodes]
+                of_candidates = standardised(BEST_OF_N, drawn.episodes, batches_of(lengths, sampling.batch_size))
+        if drawn is not None:
+            # One process asks the functions, which need not be the same in all.
+            rewards = partial(rewards_of, config.ppo, functions, candidates, drawn.texts, drawn.finished, of_candidates)
+            best = best_of(parts.keep("best-of-n-rewards", rewards), n) if world.is_main else []
+            best = world.gather(best)
+            answers[BEST_OF_N] = drawn.some(best)
+            if of_candidates is not None:
+                scores["reward_model"][BEST_OF_N] = [of_candidates[index] for index in best]
+        episodes = {name: found.episodes for name, found in answers.items()}
+        for judge in others:
+            found = scores_of_another_reward_model(parts, roles, judge, episodes, batches, bar.advance)
+            scores[judge.label] = found
         kl = partial(policy_kl, roles, answers["ppo"].episodes, sampling.temperature, budgets)
         kl_B = parts.compute("kl", batches, kl, bar.advance)
+        forgetting = None
+        if rows:
+            forgetting = perplexities(parts, roles, contestants, rows, sampling.batch_size, bar.advance)
     require_unchanged(base, base_before)
+    opinions = opinions_of(parts, config, prompts, answers)
     if world.is_main:
-        for number, (judge, function) in enumerate(functions.items()):
-            scores[judge] = {
-                name: parts.keep(f"function-{number}-{name}", partial(function, prompts, found.texts))
-                for name, found in answers.items()
+        for number, (name, function) in enumerate(functions.items()):
+            scores[name] = {
+                contestant: parts.keep(f"function-{number}-{contestant}", partial(function, prompts, found.texts))
+                for contestant, found in answers.items()
             }
-        publish(loaded, run, inputs, base, clock, prompts, answers, scores, kl_B, reward_manifest)
+        evaluation = Evaluation(prompts, answers, scores, opinions, kl_B, forgetting)
+        publish(loaded, run, inputs, base, clock, evaluation, reward_manifest)
     world.wait()
     return read_manifest(run.stage("evaluate"))
+
+
+def held_out_rows(config: PipelineConfig, chat: ChatFormat) -> list[TokenizedExample]:
+    """The held-out instructions that show what was forgotten; none where there are none, or none are wanted."""
+    if not config.evaluate.perplexity_rows or not config.data.instructions.sources:
+        return []
+    held_out = load_instructions(config.data, chat, config.sft.max_length).held_out[: config.evaluate.perplexity_rows]
+    return [chat.example(record.prompt, record.completion) for record in held_out]
+
+
+def opinions_of(
+    parts: Parts, config: PipelineConfig, prompts: Sequence[Prompt], answers: Mapping[str, Answers]
+) -> dict[str, dict[str, Preferences]]:
+    """What each endpoint says of PPO beside each opponent: by judge, then by opponent."""
+    endpoints = [judge for judge in config.evaluate.judges if judge.endpoint is not None]
+    opponents = [name for name in ("sft", "base") if name in answers]
+    questions = sum(min(len(prompts), judge.prompts or len(prompts)) for judge in endpoints) * len(opponents)
+    if not questions:
+        return {}
+    with deferred(), progress(questions, "evaluate", "questions to judges") as bar:
+        return {
+            judge.label: {
+                name: preferences_of(
+                    parts, judge, name, prompts, answers["ppo"].texts, answers[name].texts, bar.advance
+                )
+                for name in opponents
+            }
+            for judge in endpoints
+        }
 
 
 def publish(
@@ -172,26 +293,36 @@ def publish(
     inputs: Mapping[str, Any],
     base: Base,
     clock: StageClock,
-    prompts: Sequence[Prompt],
-    answers: Mapping[str, Answers],
-    scores: Mapping[str, Mapping[str, list[float]]],
-    kl_B: Sequence[float],
+    found: Evaluation,
     reward: Manifest | None,
 ) -> None:
     """Write down what came out: the figures, and all answers side by side."""
+    evaluate = loaded.config.evaluate
     metrics: dict[str, Any] = {
-        "n": len(prompts),
-        "kl": mean_interval(kl_B).as_dict(),
-        "win_rate": {judge: compare(found["ppo"], found["sft"]) for judge, found in scores.items()},
+        "n": len(found.prompts),
+        "kl": mean_interval(found.kl_B).as_dict(),
+        **found.against("sft"),
         "mean_score": {
-            judge: {name: mean_interval(values).as_dict() for name, values in found.items()}
-            for judge, found in scores.items()
+            judge: {name: mean_interval(values).as_dict() for name, values in scores.items()}
+            for judge, scores in found.scores.items()
         },
-        "response": {name: describe(found) for name, found in answers.items()},
+        "response": {name: describe(answers) for name, answers in found.answers.items()},
     }
+    if "base" in found.answers:
+        metrics["against_base"] = found.against("base")
+    if BEST_OF_N in found.answers:
+        metrics[BEST_OF_N] = {"n": evaluate.best_of, "kl": best_of_n_kl(evaluate.best_of), **found.against(BEST_OF_N)}
+    if found.forgetting is not None:
+        metrics["perplexity"] = found.forgetting
+    if evaluate.judges:
+        metrics["judges"] = {
+            judge.label: where_of(judge)
+            | {f"against_{name}": opinion.figures for name, opinion in found.opinions.get(judge.label, {}).items()}
+            for judge in evaluate.judges
+        }
     if reward is not None:
         metrics["reward_accuracy"] = reward.metrics["held_out_accuracy"]
-    rows = side_by_side(prompts, answers, scores)
+    rows = side_by_side(found)
 
     def save(folder: Path) -> None:
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
@@ -214,14 +345,15 @@ def publish(
 def answer(
     parts: Parts,
     roles: Roles,
-    role: Role,
+    role: Role | None,
     prompts: Sequence[Prompt],
     sampling: SamplingSettings,
     *,
     seed: tuple[int | str, ...],
     on_batch: Callable[[int], None],
+    name: str | None = None,
 ) -> Answers:
-    """One sampled answer a prompt. Both contestants get the same seeds, so that equal policies answer equally."""
+    """One sampled answer a prompt. All contestants get the same seeds, so that equal policies answer equally."""
     chat = roles.base.chat
     ids = [tuple(chat.prompt_ids(prompt.prompt)) for prompt in prompts]
     found = parts.answers(
@@ -231,22 +363,13 @@ def answer(
         sampling,
         seed=seed,
         on_batch=on_batch,
+        name=name,
     )
     return Answers(
         [Episode(prompt, one.ids) for prompt, one in zip(ids, found, strict=True)],
         [chat.decode(one.ids) for one in found],
         [one.finished for one in found],
     )
-
-
-def raw_scores(roles: Roles, episodes: Sequence[Episode], budgets: Budgets, batch: Sequence[int]) -> list[float]:
-    """The reward adapter's raw scores of some of the episodes."""
-    chosen = [episodes[index].ids for index in batch]
-    raw_B = budgets.fit_sequences(
-        [len(ids) for ids in chosen], lambda most: score_rewards(roles, chosen, max_tokens=most)
-    )
-    numbers: list[float] = require_finite(raw_B, "score of the reward model", where="evaluate").tolist()
-    return numbers
 
 
 def policy_kl(
@@ -267,11 +390,10 @@ def policy_kl(
     return numbers
 
 
-def compare(challenger: Sequence[float], incumbent: Sequence[float]) -> dict[str, float]:
-    """Win rate of the challenger, prompt by prompt; equal scores are ties."""
-    wins = sum(ours > theirs for ours, theirs in zip(challenger, incumbent, strict=True))
-    losses = sum(ours < theirs for ours, theirs in zip(challenger, incumbent, strict=True))
-    ties = len(challenger) - wins - losses
+def count(points: Sequence[float]) -> dict[str, float]:
+    """A win rate with its interval, from 1 for a win, 0 for a loss and 0.5 for a tie."""
+    wins, ties = sum(point == 1 for point in points), sum(point == 0.5 for point in points)
+    losses = len(points) - wins - ties
     return win_rate(wins, ties, losses).as_dict() | {"wins": wins, "ties": ties, "losses": losses}
 
 
@@ -283,21 +405,24 @@ def describe(answers: Answers) -> dict[str, Any]:
     }
 
 
-def side_by_side(
-    prompts: Sequence[Prompt], answers: Mapping[str, Answers], scores: Mapping[str, Mapping[str, list[float]]]
-) -> list[dict[str, Any]]:
-    """A row a prompt: the prompt, both answers, and what each judge gave them."""
-    return [
-        {
-            "prompt": as_plain(prompt.prompt),
-            "source": str(prompt.origin),
-            **{name: found.texts[index] for name, found in answers.items()},
-            "scores": {
-                judge: {name: values[index] for name, values in found.items()} for judge, found in scores.items()
-            },
-        }
-        for index, prompt in enumerate(prompts)
-    ]
+def side_by_side(found: Evaluation) -> list[dict[str, Any]]:
+    """A row a prompt: the prompt, all answers, and what each judge gave them."""
+    rows = []
+    for index, prompt in enumerate(found.prompts):
+        scores = {judge: {name: values[index] for name, values in of.items()} for judge, of in found.scores.items()}
+        for judge, opinions in found.opinions.items():
+            points = opinions["sft"].points
+            if index < len(points) and (point := points[index]) is not None:
+                scores[judge] = {"sft": 1 - point, "ppo": point}
+        rows.append(
+            {
+                "prompt": as_plain(prompt.prompt),
+                "source": str(prompt.origin),
+                **{name: answers.texts[index] for name, answers in found.answers.items()},
+                "scores": scores,
+            }
+        )
+    return rows
 
 
 def as_sample(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pipeline
-from pipeline.artifacts import Manifest, digest, read_manifest
+from pipeline.artifacts import Manifest, digest, read_manifest, reward_folder
 from pipeline.base_source import locate, read_template
 from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
@@ -105,11 +105,19 @@ def _settings(stage: StageName, config: PipelineConfig) -> dict[str, Any]:
     if stage == "evaluate":
         gold = config.evaluate.gold
         sections["evaluate"]["gold"] = gold and function_digest(gold)
+        for entry, judge in zip(sections["evaluate"]["judges"], config.evaluate.judges, strict=True):
+            entry["name"] = judge.label
+            if judge.reward_run is not None:
+                entry["reward_run"] = read_manifest(reward_folder(judge.reward_run)).digest
+            for key in ("api_key_variable", "concurrency", "retries", "timeout"):  # how it is asked, not what
+                del entry[key]
     return sections
 
 
 def _data(stage: StageName, config: PipelineConfig) -> dict[str, str]:
     kinds = {"sft": ["instructions"], "reward": ["preferences", "prompts"], "ppo": ["prompts"], "evaluate": ["prompts"]}
+    if config.evaluate.perplexity_rows and config.data.instructions.sources:
+        kinds["evaluate"].append("instructions")
     prints = {kind: fingerprint(getattr(config.data, kind)) for kind in kinds[stage]}
     return prints | {"allow_special_tokens": str(config.data.allow_special_tokens)}
 

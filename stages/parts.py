@@ -97,6 +97,8 @@ class Parts:
         batches: Sequence[Sequence[int]],
         make: Callable[[Sequence[int]], Sequence[Any]],
         on_batch: Callable[[int], None],
+        *,
+        passes: bool = True,
     ) -> list[Any]:
         """Something for every item; all processes get all of it.
 
@@ -105,6 +107,7 @@ class Parts:
             batches: items by their numbers, which are 0 and so on; a batch is a part.
             make: gives something JSON-able for each item of a batch.
             on_batch: told the number of items that all processes have done since it was last called.
+            passes: whether `make` passes through the model, which processes that share it do in step.
 
         Returns:
             what `make` gave, as JSON gives it back, in the order of the items.
@@ -118,7 +121,7 @@ class Parts:
             number, together = first + self._world.rank, batches[first : first + size]
             batch = batches[number] if number < len(batches) else []
             part: Sequence[Any] = []
-            if self._in_step:
+            if self._in_step and passes:
                 part = self._keep_in_step(f"{name}-{number:05d}", together, make)
             elif batch:
                 part = self.keep(f"{name}-{number:05d}", lambda batch=batch: list(make(batch)))  # type: ignore[misc]
@@ -136,8 +139,11 @@ class Parts:
         *,
         seed: tuple[int | str, ...],
         on_batch: Callable[[int], None],
+        name: str | None = None,
     ) -> list[Answer]:
         """One sampled answer a prompt, whatever the budgets; arguments as for `pipeline.engines.generate`.
+
+        `name` tells these answers from others of the role.
 
         Raises:
             OutOfMemoryError: a single answer does not fit.
@@ -161,7 +167,7 @@ class Parts:
             )
             return [[response.ids, response.finished] for response in responses]
 
-        found = self.compute(f"answers-{role or 'base'}", batches, sample, on_batch)
+        found = self.compute(f"answers-{name or role or 'base'}", batches, sample, on_batch)
         return [Answer(tuple(ids), finished) for ids, finished in found]
 
 

@@ -46,7 +46,6 @@ from pipeline.errors import (
 from pipeline.generation import derive_seed
 from pipeline.kl import AdaptiveKL, FixedKL, KLController
 from pipeline.memory import megabytes
-from pipeline.metrics import MetricsWriter
 from pipeline.progress import progress, say
 from pipeline.records import Prompt
 from pipeline.registry import Registry
@@ -54,6 +53,7 @@ from pipeline.rewards import Calibration, RewardSum
 from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.sharding import sharers
+from pipeline.trackers import TrackedMetrics
 from stages.command import stage_main
 from stages.experience import Budgets, collect, reward_model_scores, sample, sampling_settings
 from stages.gates import check_reward_round_trip, check_startup, require_fitting_parents
@@ -140,7 +140,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     # Loop.
     last = min(ppo.iterations, ppo.max_steps or ppo.iterations)
     left = bounds_left(position.iteration, state.metrics, ppo)
-    writer = MetricsWriter(run.metrics("ppo")) if world.is_main else nullcontext()
+    writer = TrackedMetrics("ppo", loaded, run) if world.is_main else nullcontext()
     with (
         writer as log,
         progress(last, "ppo", "iterations", done=position.iteration) as bar,

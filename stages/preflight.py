@@ -70,15 +70,20 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
         TrivetError: the first fault; its kind says whether config, base, data or a function is to blame.
     """
     from pipeline.base_files import load_tokenizer
+    from pipeline.base_model import base_identity
     from pipeline.chat import ChatFormat
     from pipeline.data_report import warnings
     from pipeline.datasets import load_instructions, load_preferences, load_prompts
+    from pipeline.distributed import World
     from pipeline.engines import require_engine
     from pipeline.rewards import RewardFunction, RewardSum
+    from pipeline.trackers import require_trackers
     from pipeline.trl_options import check_trl_options
+    from stages.judges import require_judges
 
     config = loaded.config
     require_launchable(config, stages)
+    require_trackers(config)
     check_trl_options(config)
     if set(stages) - {"sft"}:
         require_engine(config.ppo.rollout)
@@ -96,6 +101,8 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
         rewards.probe(prompts.train)
         if gold and "evaluate" in stages:
             gold.probe(prompts.held_out)
+    if "evaluate" in stages and config.evaluate.judges:
+        require_judges(config, base_identity(config.base, chat, World().device))
     return list(warnings(instructions, prompts, preferences))
 
 

@@ -123,7 +123,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         trainer = build_trainer(model, chat, arguments, train_pairs, held_out_pairs, shards)
 
     # 5. Loop
-    train_loss = train(trainer, TrainingReport("reward", run), checkpoints)
+    train_loss = train(trainer, TrainingReport("reward", loaded, run), checkpoints)
 
     # 6. Result
     scoring_tokens = settings.microbatch_size * settings.max_length

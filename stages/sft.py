@@ -27,20 +27,18 @@ from trl import SFTTrainer
 from pipeline.artifacts import Manifest, digest, read_manifest
 from pipeline.base_files import load_tokenizer
 from pipeline.base_model import fingerprint, load_base, require_unchanged
-from pipeline.batching import pad
 from pipeline.chat import ChatFormat
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_instructions
 from pipeline.distributed import World, seed_everything
 from pipeline.errors import ConfigError, DivergenceError
-from pipeline.logprobs import token_logprobs
 from pipeline.memory_budget import MemoryBudget
 from pipeline.progress import progress, say
 from pipeline.records import Demonstration, TokenizedExample
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scalar_head import trunk_of
-from pipeline.scoring import LOGIT_CHUNK_TOKENS
+from pipeline.scoring import said_logprobs
 from pipeline.sharding import sharers
 from pipeline.trl_options import sft_arguments
 from stages.command import stage_main
@@ -106,7 +104,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     loss_before = held_out_loss(roles, None, held_out_rows, trainer.accelerator, budget)
 
     # 5. Loop
-    train_loss = train(trainer, TrainingReport("sft", run), checkpoints)
+    train_loss = train(trainer, TrainingReport("sft", loaded, run), checkpoints)
 
     # 6. Result
     loss_after = held_out_loss(roles, "policy", held_out_rows, trainer.accelerator, budget)
@@ -288,14 +286,7 @@ def _sums_of_logprobs(roles: Roles, rows: Sequence[TokenizedExample], max_tokens
     sums = torch.zeros(2, dtype=torch.float64, device=roles.device)
     with progress(len(rows), "sft held-out loss", "rows") as bar:
         for group in roles.microbatches([len(row.ids) for row in rows], max_tokens):
-            ids_BL, mask_BL = pad([rows[index].ids for index in group], roles.device)
-            said_BL, _ = pad([rows[index].loss_mask for index in group], roles.device)
-            hidden_BLD = roles.hidden_states(ids_BL, mask_BL)
-            said_BT = said_BL[:, 1:].bool()  # the state before a token predicts it
-            logprobs_N = token_logprobs(
-                hidden_BLD[:, :-1][said_BT], ids_BL[:, 1:][said_BT], roles.logits, chunk_tokens=LOGIT_CHUNK_TOKENS
-            ).logprobs_N
-            sums += torch.stack([logprobs_N.double().sum(), said_BT.sum().double()])
+            sums += said_logprobs(roles, [rows[index] for index in group]).sum(dim=0)
             bar.advance(len(group))
     return sums
 

@@ -25,6 +25,7 @@ from pipeline.memory import is_out_of_memory
 from pipeline.metrics import MetricsWriter
 from pipeline.progress import Progress, progress, say
 from pipeline.run_directory import RunDirectory, StageName
+from pipeline.trackers import TrackedMetrics
 from pipeline.trl_options import TrainerStage
 from stages.interruption import Interrupted, asked_of_any, deferred
 from stages.trl_trainer import TRAINER_STATE
@@ -87,11 +88,12 @@ class TrainingReport(TrainerCallback):  # type: ignore[misc]
 
     Args:
         stage: whose training it is.
+        loaded: the run's config.
         run: where its metrics go.
     """
 
-    def __init__(self, stage: StageName, run: RunDirectory) -> None:
-        self._stage, self._run = stage, run
+    def __init__(self, stage: StageName, loaded: LoadedConfig, run: RunDirectory) -> None:
+        self._stage, self._loaded, self._run = stage, loaded, run
         self._world, self._stopping = World(), False
         self._stack = ExitStack()
         self._progress: Progress | None = None
@@ -112,7 +114,7 @@ class TrainingReport(TrainerCallback):  # type: ignore[misc]
         self._logged_at = time.monotonic()
         self._progress = self._stack.enter_context(progress(state.max_steps, self._stage, done=state.global_step))
         if state.is_world_process_zero:
-            self._writer = self._stack.enter_context(MetricsWriter(self._run.metrics(self._stage)))
+            self._writer = self._stack.enter_context(TrackedMetrics(self._stage, self._loaded, self._run))
             self._writer.truncate_after(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -40,6 +40,7 @@ SHARDED = "tests/stages/test_sharded_stages.py"
 CHAT = "tests/flows/test_chat.py"
 ANSWER_FILE, EXPORT = (f"tests/stages/test_{name}.py" for name in ("answer_file", "export"))
 ENGINES = "tests/pipeline/test_engines.py"
+ENDPOINT, TRACKERS = "tests/pipeline/test_endpoint_judge.py", "tests/pipeline/test_trackers.py"
 
 
 @dataclass(frozen=True)
@@ -1448,7 +1449,7 @@ TABLE = (
     Mutation(
         "report: the reward model decides over gold",
         "flows/verdict.py",
-        'order = {"gold": 0, "reward_model": 1}',
+        'order = {"gold": 0, **dict.fromkeys(held_out, 1), "reward_model": 2}',
         'order = {"gold": 1, "reward_model": 0}',
         ("tests/flows/test_verdict.py::test_gold_decides_and_the_others_are_told",),
     ),
@@ -1720,6 +1721,73 @@ TABLE = (
         'return dtype if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true") else torch.uint8',
         "return torch.uint8",
         ("tests/pipeline/test_base_model.py::test_packed_weights_compute_the_same_whatever_they_are_kept_as",),
+    ),
+    # ---- judges, yardsticks and trackers
+    Mutation(
+        "judges: where an answer stands decides",
+        "pipeline/endpoint_judge.py",
+        "total = points[first] + 1 - points[second]",
+        "total = 2 * points[first]",
+        (f"{ENDPOINT}::test_a_judge_who_favours_a_position_decides_nothing",),
+    ),
+    Mutation(
+        "judges: an endpoint that repeats the key is quoted",
+        "pipeline/endpoint_judge.py",
+        'return text.replace(self._key, "<key>") if self._key else text',
+        "return text",
+        (
+            f"{ENDPOINT}::test_a_refused_key_is_not_tried_again_and_again",
+            "tests/stages/test_judges.py::test_an_endpoint_judges_and_what_it_did_not_answer_is_said",
+        ),
+    ),
+    Mutation(
+        "judges: a redirect takes the key to another host",
+        "pipeline/endpoint_judge.py",
+        "_OPENER = urllib.request.build_opener(_NoRedirects)",
+        "_OPENER = urllib.request.build_opener()",
+        (f"{ENDPOINT}::test_the_key_does_not_follow_a_redirect",),
+    ),
+    Mutation(
+        "judges: pauses do not grow",
+        "pipeline/endpoint_judge.py",
+        "        return 2.0**attempt",
+        "        return 1.0",
+        (f"{ENDPOINT}::test_a_failure_that_passes_is_waited_for_longer_and_longer",),
+    ),
+    Mutation(
+        "judges: length is not taken out",
+        "pipeline/length_control.py",
+        "rows = [(math.tanh(gap / scale), outcome)",
+        "rows = [(0.0 * gap / scale, outcome)",
+        ("tests/pipeline/test_length_control.py::test_a_judge_who_only_likes_length_sees_no_difference",),
+    ),
+    Mutation(
+        "judges: another run's reward model is this run's own",
+        "stages/judges.py",
+        'make = partial(raw_scores, roles, found, parts.budgets, role="judge")',
+        "make = partial(raw_scores, roles, found, parts.budgets)",
+        ("tests/stages/test_judges.py::test_another_run_s_reward_model_judges",),
+    ),
+    Mutation(
+        "yardsticks: the worst of n answers is taken",
+        "stages/yardsticks.py",
+        "return [max(range(start, start + n)",
+        "return [min(range(start, start + n)",
+        ("tests/stages/test_judges.py::test_the_best_of_n_is_the_best_by_the_reward",),
+    ),
+    Mutation(
+        "trackers: what an interrupted stage wrote beyond its checkpoint stays",
+        "pipeline/trackers.py",
+        "purge_step=step + 1",
+        "purge_step=None",
+        (f"{TRACKERS}::test_a_resumed_stage_shows_no_step_twice",),
+    ),
+    Mutation(
+        "trackers: a tracker that fails ends the training",
+        "pipeline/trackers.py",
+        "        self._tell(error)\n        return True",
+        "        self._tell(error)\n        return False",
+        (f"{TRACKERS}::test_a_tracker_that_fails_loses_no_training",),
     ),
 )
 

@@ -358,3 +358,30 @@ def test_the_picture_shows_which_stage_starts_from_which(tmp_path: Path) -> None
         folder = tmp_path / str(arrows)
         publish_all(light_config(folder, **settings))
         assert len(page_of(folder / "run").having("class", "arrow")) == arrows
+
+
+def test_yardsticks_and_length_controlled_rates_are_shown(tmp_path: Path) -> None:
+    loaded = load_config(light_config(tmp_path))
+    run = RunDirectory.open(loaded)
+    for stage in ("sft", "reward", "ppo"):
+        publish(stage, loaded, run)  # type: ignore[arg-type]
+    figures = judged(answers())
+    fair = {"value": 0.61, "low": 0.52, "high": 0.7, "n": 40}
+    against = {"win_rate": {"gold": figures["win_rate"]["gold"]}, "length_controlled_win_rate": {"gold": fair}}
+    figures |= {
+        "length_controlled_win_rate": {"gold": fair},
+        "against_base": against,
+        "best_of_n": {"n": 8, "kl": 1.2044, **against},
+        "perplexity": {"sft": 5.5, "ppo": 6.25, "rows": 30},
+    }
+    figures["mean_score"]["gold"]["base"] = figures["mean_score"]["gold"]["sft"]
+    publish("evaluate", loaded, run, metrics=figures, files={"answers.jsonl": lines(answers())})
+    text = Seen(render([read_run(run.root)])).text
+    assert "PPO against" in text and "the base" in text
+    assert "the best of 8 answers of SFT (KL at most 1.20 nats)" in text
+    assert "5.50 → 6.25" in text and "length-controlled" in text
+    assert text.count("0.61 [0.52, 0.70]") == 3
+
+
+def test_without_yardsticks_there_is_no_such_table(tmp_path: Path) -> None:
+    assert "PPO against" not in Seen(render([read_run(whole_run(tmp_path).config.run_dir)])).text

@@ -110,3 +110,34 @@ def test_an_unfinished_run_says_what_it_is_at(tmp_path: Path) -> None:
         assert verdict_of(read_run(run.root)).headline == "sft is at work"
     run.working("sft").mkdir(parents=True)
     assert verdict_of(read_run(run.root)).headline == "sft was interrupted"
+
+
+def test_a_judge_that_the_config_names_comes_before_those_that_training_saw(tmp_path: Path) -> None:
+    figures = {
+        "win_rate": {"reward_model": rate(0.8, 0.9, 1.0), "other": rate(0.3, 0.4, 0.49), "polite": rate(0.6, 0.7, 0.8)},
+        "judges": {"other": {"reward_run": "runs/other"}},
+    }
+    verdict = evaluated(tmp_path, figures)
+    assert (verdict.judgement.judge, verdict.outcome) == ("other", "worse")
+    assert [one.judge for one in verdict.others] == ["reward_model", "polite"]
+    assert any("exploits the reward" in caution for caution in verdict.cautions)
+    figures["win_rate"]["gold"] = rate(0.51, 0.6, 0.7)
+    assert evaluated(tmp_path / "gold", figures).judgement.judge == "gold"
+
+
+@pytest.mark.parametrize(("low", "told"), [(0.45, True), (0.51, False)])
+def test_a_gain_that_may_be_length_is_told(tmp_path: Path, low: float, told: bool) -> None:
+    fair = {"gold": {"value": 0.55, "low": low, "high": 0.65, "n": 100}}
+    figures = {"win_rate": {"gold": rate(0.6, 0.7, 0.8)}, "length_controlled_win_rate": fair}
+    verdict = evaluated(tmp_path, figures)
+    assert verdict.judgement.length_controlled.low == low
+    assert any("equal length" in caution and "0.55" in caution for caution in verdict.cautions) == told
+
+
+def test_questions_that_a_judge_did_not_answer_are_told(tmp_path: Path) -> None:
+    about = {"asked": 100, "answered": 90, "errors": {"HTTP 500: overloaded": 10}}
+    figures = {"win_rate": {"gold": rate(0.6, 0.7, 0.8)}, "judges": {"big": {"endpoint": "e", "against_sft": about}}}
+    cautions = evaluated(tmp_path, figures).cautions
+    assert any("big answered only 90 of 100 questions: HTTP 500: overloaded." in caution for caution in cautions)
+    about["errors"] = {}
+    assert not any("answered only" in caution for caution in evaluated(tmp_path / "all", figures).cautions)

@@ -253,6 +253,10 @@ def test_numbers_and_merged_groups_are_read_as_people_write_them(tmp_path: Path)
             ["gates.min_reward_accuracy=0.6", "ppo.rewards=[{function: 'a.py:f'}]", "data.preferences.sources=[]"],
             "trains no reward model",
         ),
+        (["evaluate.judges=[{name: j}]"], "names no judge; give reward_run, or endpoint"),
+        (["evaluate.judges=[{endpoint: 'http://h/v1'}]"], "set evaluate.judges[0].model"),
+        (["evaluate.judges=[{reward_run: r, timeout: 3}]"], "evaluate.judges[0].timeout is for an endpoint"),
+        (["evaluate.judges=[{reward_run: runs/a}, {reward_run: b/a/reward}]"], "are called 'a'"),
     ],
 )
 def test_a_contradiction_names_the_key_to_change(tmp_path: Path, overrides: list[str], expected: str) -> None:
@@ -263,7 +267,7 @@ def test_every_contradiction_has_a_test() -> None:
     """Counts the statements that report one; a new one needs a line above."""
     source = (ROOT / "pipeline" / "config.py").read_text()
     body = source[source.index("def contradictions") :]
-    assert body.count("yield ") == 41
+    assert body.count("yield ") == 46
 
 
 @pytest.mark.parametrize(

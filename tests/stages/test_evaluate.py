@@ -20,8 +20,8 @@ from pipeline.errors import BaseModelError, DivergenceError, RewardFunctionError
 from pipeline.roles import Roles
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import Episode, score_logprobs
-from stages import evaluate, interruption, parts
-from stages.evaluate import compare
+from stages import evaluate, interruption, judges, parts
+from stages.evaluate import count
 from stages.experience import Budgets
 from stages.interruption import Interrupted
 
@@ -159,17 +159,20 @@ def test_a_base_that_changed_is_not_published(tmp_path, monkeypatch):
 
 
 def test_wins_ties_and_losses_are_counted_prompt_by_prompt():
-    found = compare([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 9.0, 3.0])
+    found = count([1.0, 0.5, 0.0, 1.0])
     assert (found["wins"], found["ties"], found["losses"], found["value"], found["n"]) == (2, 1, 1, 0.625, 4)
 
 
 # -- nothing is lost
 
 
+IN_THREES = ("evaluate.batch_size=3", "evaluate.perplexity_rows=0", "deterministic=true")
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[LoadedConfig, RunDirectory]:
     """A run that is ready to be evaluated, in batches of three prompts."""
-    loaded = config(tmp_path, "evaluate.batch_size=3", "deterministic=true")
+    loaded = config(tmp_path, *IN_THREES)
     run = publish_sft(loaded)
     publish_reward(loaded, run)
     publish_ppo(loaded, run, scale=0.05)
@@ -186,7 +189,7 @@ def counted() -> Iterator[list[str]]:
     """Which of the stage's costly functions are called, from now on."""
     seen: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((parts, "generate"), (evaluate, "score_rewards"), (evaluate, "score_logprobs")):
+        for module, name in ((parts, "generate"), (judges, "score_rewards"), (evaluate, "score_logprobs")):
             own = getattr(module, name)
             patch.setattr(
                 module, name, lambda *args, own=own, name=name, **named: (seen.append(name), own(*args, **named))[1]
@@ -241,7 +244,7 @@ def test_parts_of_other_inputs_are_made_again(finished):
     loaded, run = finished
     evaluate.run(loaded, run)
     expected = contents(run)
-    other = config(loaded.path.parent, "evaluate.batch_size=3", "evaluate.temperature=0.5", "deterministic=true")
+    other = config(loaded.path.parent, *IN_THREES, "evaluate.temperature=0.5")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
         patch.setattr(evaluate, "finish", None)
         evaluate.run(other, run)
@@ -279,13 +282,14 @@ def test_an_evaluation_that_is_asked_to_stop_keeps_what_is_done(finished):
 @pytest.mark.parametrize("scored", ["score_rewards", "score_logprobs"])
 def test_a_score_that_is_not_finite_stops_the_evaluation(finished, monkeypatch, scored):
     loaded, run = finished
-    own = getattr(evaluate, scored)
+    module = judges if scored == "score_rewards" else evaluate
+    own = getattr(module, scored)
 
     def spoilt(*args, **named):
         found = own(*args, **named)
         return found / 0.0 if scored == "score_rewards" else [row / 0.0 for row in found]
 
-    monkeypatch.setattr(evaluate, scored, spoilt)
+    monkeypatch.setattr(module, scored, spoilt)
     with pytest.raises(DivergenceError, match="is not finite"):
         evaluate.run(loaded, run)
 
