@@ -30,7 +30,7 @@ from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
 from pipeline.merged_model import int8_scale, nf4_constants
-from pipeline.quantized_cache import keep, kept_folder
+from pipeline.quantized_cache import intact, keep, kept_folder
 from pipeline.sharding import unknown_to_libraries, whole_tensor
 
 _UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)
@@ -76,7 +76,7 @@ def load_base(base: BaseSettings, device: torch.device | str | None = None) -> B
             )
 
     model = None
-    if kept is not None and kept.exists():
+    if kept is not None and kept.exists() and intact(kept):
         try:
             model = read(kept)  # its config says how it is quantized
         except _UNREADABLE:

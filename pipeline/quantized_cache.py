@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.artifacts import BaseIdentity, digest
+from pipeline.artifacts import BaseIdentity, digest, folder_files, seal, unseal
 from pipeline.config import BaseSettings
-from pipeline.run_directory import sync_tree
+from pipeline.errors import ArtifactError
+from pipeline.run_directory import read_json, sync_tree, write_json
 
 WORTH_PARAMETERS = 50_000_000
 """Smaller bases are quantized sooner than they are found."""
 _LAYOUT = 1
 """Raised when what is kept must be made again."""
 _DRAFT = ".quantizing-"
+_FILES = "files.json"
+"""The digests of a copy's files."""
 
 
 def kept_folder(
@@ -48,6 +51,17 @@ def kept_folder(
     return Path(base.cache_dir).expanduser() / "quantized" / digest(made_from)[:32]
 
 
+def intact(folder: Path) -> bool:
+    """Whether every file of a copy is what was written; a copy that is not goes, to be made again."""
+    try:
+        whole = unseal(read_json(folder / _FILES), folder / _FILES, "")["files"] == folder_files(folder, besides=_FILES)
+    except (OSError, ValueError, KeyError, TypeError, ArtifactError):
+        whole = False
+    if not whole:
+        shutil.rmtree(folder, ignore_errors=True)
+    return whole
+
+
 def keep(model: PreTrainedModel, folder: Path) -> None:
     """Write the quantized model in a folder that appears when it is whole. Where that fails the next start quantizes.
 
@@ -60,6 +74,7 @@ def keep(model: PreTrainedModel, folder: Path) -> None:
         draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder.parent))
         try:
             model.save_pretrained(draft)
+            write_json(draft / _FILES, seal({"files": folder_files(draft, besides=_FILES)}))
             sync_tree(draft)
             os.rename(draft, folder)
         finally:

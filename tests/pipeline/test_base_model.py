@@ -460,12 +460,18 @@ def test_what_a_base_is_quantized_from_and_how_makes_another_copy(tmp_path, kept
 DIFFERENT: list[dict[str, str]] = [{}, {"dtype": "bfloat16"}, {"double_quantization": "false"}]
 
 
-def test_a_copy_that_cannot_be_read_is_made_again(tmp_path, kept_always):
+@pytest.mark.parametrize("damage", ["torn", "one byte", "no digests"])
+def test_a_copy_that_is_not_what_was_written_is_made_again(tmp_path, kept_always, damage):
     folder = tiny_base(tmp_path / "base")
     wanted = fingerprint(load_base(quantized(folder), "cpu").model)
     (copy,) = (tmp_path / "cache" / "quantized").iterdir()
     weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    content = bytearray(weights.read_bytes())
+    if damage == "no digests":
+        (copy / "files.json").unlink()
+    else:
+        content[-1] ^= 1
+        weights.write_bytes(content if damage == "one byte" else content[: len(content) // 2])
     assert fingerprint(load_base(quantized(folder), "cpu").model) == wanted
     assert fingerprint(load_base(quantized(folder), "cpu").model) == wanted
 
