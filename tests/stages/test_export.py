@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from reported_run import answers, judged
 from torch import Tensor
 from transformers import (
@@ -30,6 +31,7 @@ from pipeline.artifacts import folder_files
 from pipeline.base_model import load_base
 from pipeline.config_file import LoadedConfig
 from pipeline.finished_run import open_run
+from pipeline.merged_model import dequantized
 from pipeline.plain_model import plain_state
 from pipeline.progress import _view_for_this_process
 from pipeline.roles import Role, Roles
@@ -221,14 +223,17 @@ def test_requantized_weights_load_in_plain_transformers(loaded: LoadedConfig, tm
 
 
 def test_quantizing_again_does_not_round_the_adapter_away(tmp_path: Path) -> None:
-    """An adapter whose changes are smaller than the steps of NF4: its effect on the logits is still there."""
-    loaded = usable_run(tmp_path, ("sft",), size=0.04)
+    """An adapter whose changes are smaller than the steps of NF4: weights move by it in the mean all the same."""
+    loaded = usable_run(tmp_path, ("sft",), size=0.003)
     folder = exported(loaded, "sft", tmp_path / "out", "--form", "requantized", "--dtype", "float32")
-    roles = roles_of(loaded, "sft", "policy")
-    with torch.no_grad(), roles.active(None):
-        base = roles.model(input_ids=IDS_BL).logits
-    effect, found = adapter_logits(loaded, "sft") - base, plain_logits(folder) - base
-    assert 0.5 < float((found * effect).sum() / effect.square().sum()) < 1.5
+    found = dict(AutoModelForCausalLM.from_pretrained(folder).named_modules())
+    moved = wanted = 0.0
+    for name, layer in roles_of(loaded, "sft", "policy").base.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            change = layer.get_delta_weight("policy")
+            moved += float(((dequantized(found[name]) - dequantized(layer.get_base_layer())) * change).sum())
+            wanted += float(change.square().sum())
+    assert 0.7 < moved / wanted < 1.3
 
 
 def test_gguf_needs_the_converter(loaded: LoadedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
