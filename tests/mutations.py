@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = (".git", ".venv", "*cache*", "runs", "*.egg-info", "node_modules")
+LEFT_OUT = (".git", ".venv", "__pycache__", ".*_cache", "runs", "*.egg-info", "node_modules")
 
 ROLES, GENERATION, SCORING = (f"tests/pipeline/test_{name}.py" for name in ("roles", "generation", "scoring"))
 BATCHING, CHECKPOINT, REWARDS = (f"tests/pipeline/test_{name}.py" for name in ("batching", "checkpoint", "rewards"))

@@ -174,16 +174,18 @@ def test_a_cancelled_run_leaves_nothing_and_resumes_also_after_its_worker_was_ki
 
 def test_a_stage_whose_process_is_killed_is_tried_again_and_resumes(box: Box) -> None:
     box.run.metrics("ppo").unlink()
-    run = box.submit("rlhf/quickstart", "ppo.iterations=12", "ppo.checkpoint_every=1")
+    run = box.submit("rlhf/quickstart", "ppo.iterations=40", "ppo.checkpoint_every=1")
     box.is_in_ppo(more_than=1)
-    for pid, command in processes_with(f"XDG_CACHE_HOME={box.folder}").items():
-        if " -m stages.ppo " in command:
-            os.kill(pid, signal.SIGKILL)  # as the system does for lack of memory
+    commands = processes_with(f"XDG_CACHE_HOME={box.folder}")
+    trainers = [pid for pid, command in commands.items() if " -m stages.ppo " in command]
+    assert trainers, commands
+    for pid in trainers:
+        os.kill(pid, signal.SIGKILL)  # as the system does for lack of memory
     box.reaches(run, "Completed")
     assert box.run.log("ppo").read_text().count("the ppo stage's process ended") == 1
     (ppo,) = box.ask("/task_runs/filter", flow_runs={"id": {"any_": [run]}}, task_runs={"name": {"like_": "ppo"}})
     assert ppo["run_count"] == 2
-    assert [json.loads(line)["step"] for line in box.run.metrics("ppo").read_text().splitlines()] == list(range(1, 13))
+    assert [json.loads(line)["step"] for line in box.run.metrics("ppo").read_text().splitlines()] == list(range(1, 41))
 
 
 def test_a_cancelled_run_stops_both_stages_that_run_side_by_side(box: Box) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,9 @@ from stages.interruption import Interrupted, deferred, requested
 def run(loaded, run):
     with deferred():
         print("at work", flush=True)
+        end = time.monotonic() + 60
         while not requested():
+            assert time.monotonic() < end, "nobody asked"
             time.sleep(0.05)
         print("checkpoint written", flush=True)
         raise Interrupted
@@ -77,7 +80,7 @@ def test_both_stop_in_order_when_asked(launch: Callable[[SideBySide, str, list[s
         beside.stop()
         for stage, end in ends.items():
             with pytest.raises(StageInterruptedError, match=f"{stage}: stopped as asked"):
-                end.result(60)
+                end.result(120)
     assert all("checkpoint written" in lines for lines in said.values())
 
 
@@ -131,9 +134,9 @@ def test_they_wait_for_another_run_together_and_keep_it_out_until_both_are_throu
             assert second.stdout.readline().startswith("Waiting for the device 'shared'")
             leave["sft"].set()
             ends[0].result(30)
-            time.sleep(1.0)
-            assert second.poll() is None and not ends[1].done()
+            said, _, _ = select.select([second.stdout], [], [], 2.0)
             leave["reward"].set()
+            assert not said, "it still waits"
             assert second.stdout.readline().startswith("The device 'shared' is free")
             second.stdin.close()
         ends[1].result(30)
@@ -153,7 +156,9 @@ def test_asked_to_stop_they_no_longer_wait_for_the_device() -> None:
         ends: list[Future[None]] = [threads.submit(work, stage) for stage in ("sft", "reward")]
         wait_for(lambda: lines, "they wait", 30)
         beside.stop()
-        for end in ends:
-            with pytest.raises(StageInterruptedError, match="before it began"):
-                end.result(10)
-        other.stdin.close()
+        try:
+            for end in ends:
+                with pytest.raises(StageInterruptedError, match="before it began"):
+                    end.result(10)
+        finally:
+            other.stdin.close()
