@@ -60,7 +60,11 @@ def test_a_stage_alone_is_checked_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("distributed_type: FSDP\n", "asks for FSDP"), ("distributed_type: deepspeed\n", "DEEPSPEED"), ("- 1", "is no A")],
+    [
+        ("distributed_type: MEGATRON_LM\n", "MEGATRON_LM"),
+        ("distributed_type: deepspeed\n", "DEEPSPEED"),
+        ("- 1", "is no A"),
+    ],
 )
 def test_an_accelerate_config_that_no_stage_can_follow_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)

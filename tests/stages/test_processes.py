@@ -47,8 +47,9 @@ def test_the_number_of_processes_does_not_change_gradient_or_step(folder, critic
     said = [json.loads((path / "metrics.json").read_text()) for path in both]
     for name, value in metrics.items():
         if not name.startswith(("seconds", "tokens", "memory")):
-            assert said[0][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
             assert said[0][name] == said[1][name], name
+            if not name.startswith("padding"):  # two processes pad less: each cuts the half of the batch
+                assert said[0][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
 def test_a_stage_of_two_processes_has_one_result(folder):
