@@ -173,7 +173,7 @@ def test_a_cancelled_run_leaves_nothing_and_resumes_also_after_its_worker_was_ki
 
 
 def test_a_stage_whose_process_is_killed_is_tried_again_and_resumes(box: Box) -> None:
-    box.run.metrics("ppo").unlink()
+    box.run.metrics("ppo").unlink(missing_ok=True)
     run = box.submit("rlhf/quickstart", "ppo.iterations=40", "ppo.checkpoint_every=1")
     box.is_in_ppo(more_than=1)
     commands = processes_with(f"XDG_CACHE_HOME={box.folder}")
