@@ -24,8 +24,11 @@ from pipeline.base_model import Base, load_base
 from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings, LoraSettings
 from pipeline.errors import ArtifactError, ConfigError, IncompatibleAdapterError
-from pipeline.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, ROLES, Role, Roles
+from pipeline.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Role, Roles
 from pipeline.scoring import score_rewards
+
+PPOS: tuple[Role, ...] = ("policy", "reference", "reward", "value")
+"""The roles of PPO."""
 
 IDS_BL = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42, 43, 44, 45, 46, 47]])
 MASK_BL = torch.ones_like(IDS_BL, dtype=torch.bool)
@@ -55,7 +58,7 @@ def test_after_every_switch_exactly_the_declared_parameters_learn(tmp_path, crit
     adapters = ("policy", "value") if critic == "adapter" else ("policy",)
     assert all(any(f"lora_B.{role}." in name for name in wanted) for role in adapters)
     assert {"heads.value.weight", "heads.value.bias"} <= wanted
-    switches: list[Role | None] = [role for role in ROLES if role in roles.model.peft_config] + [None, "policy"]
+    switches: list[Role | None] = [role for role in PPOS if role in roles.model.peft_config] + [None, "policy"]
     for role in switches:
         with roles.active(role):
             assert roles.trainable_names() == wanted == roles.declared_names(), role
@@ -81,7 +84,7 @@ def test_loading_and_adding_adapters_changes_nothing_of_what_learns(tmp_path):
 def test_nothing_learns_where_nothing_is_declared(tmp_path):
     roles = ppo_roles(loaded_tiny_base(tmp_path))
     roles.set_trainable()
-    for role in (*ROLES, None):
+    for role in (*PPOS, None):
         with roles.active(role):
             assert roles.trainable_names() == set()
 
@@ -221,7 +224,7 @@ def test_adapters_and_heads_are_float32_on_a_16_bit_base(tmp_path, quantization)
     roles.save("reward", tmp_path / "saved")
     fresh = Roles(load_base(BaseSettings(model=str(folder), quantization=quantization, dtype="bfloat16"), "cpu"))
     fresh.add_weights("reward", tmp_path / "saved")
-    for holder, names in ((roles, ROLES), (fresh, ("reward",))):
+    for holder, names in ((roles, PPOS), (fresh, ("reward",))):
         for role in names:
             assert {p.dtype for p in holder.parameters(role).values()} == {torch.float32}, role
     assert base.model.get_input_embeddings().weight.dtype == torch.bfloat16
@@ -285,13 +288,13 @@ def _weights(folder: Path) -> Path:
 def test_load_save_load_keeps_every_bit_of_adapters_and_heads(tmp_path):
     roles = ppo_roles(loaded_tiny_base(tmp_path))
     perturb(roles, "value", seed=9)
-    for role in ROLES:
+    for role in PPOS:
         roles.save(role, tmp_path / "first" / role)
     again = Roles(loaded_tiny_base(tmp_path))
-    for role in ROLES:
+    for role in PPOS:
         again.add_weights(role, tmp_path / "first" / role)
         again.save(role, tmp_path / "second" / role)
-    for role in ROLES:
+    for role in PPOS:
         mine, theirs = roles.parameters(role), again.parameters(role)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), role
