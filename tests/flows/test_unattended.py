@@ -173,19 +173,21 @@ def test_a_cancelled_run_leaves_nothing_and_resumes_also_after_its_worker_was_ki
 
 
 def test_a_stage_whose_process_is_killed_is_tried_again_and_resumes(box: Box) -> None:
-    box.run.metrics("ppo").unlink(missing_ok=True)
-    run = box.submit("rlhf/quickstart", "ppo.iterations=40", "ppo.checkpoint_every=1")
-    box.is_in_ppo(more_than=1)
+    run = RunDirectory(box.folder / "killed")
+    submitted = box.submit("sft/quickstart", f"run_dir={run.root}", "sft.max_steps=60", "sft.checkpoint_every=5")
+    checkpoints = run.working("sft")
+    wait_for(lambda: list(checkpoints.rglob("state.json")), "a checkpoint", 200, box.said)
     commands = processes_with(f"XDG_CACHE_HOME={box.folder}")
-    trainers = [pid for pid, command in commands.items() if " -m stages.ppo " in command]
+    trainers = [pid for pid, command in commands.items() if " -m stages.sft " in command]
     assert trainers, commands
     for pid in trainers:
         os.kill(pid, signal.SIGKILL)  # as the system does for lack of memory
-    box.reaches(run, "Completed")
-    assert box.run.log("ppo").read_text().count("the ppo stage's process ended") == 1
-    (ppo,) = box.ask("/task_runs/filter", flow_runs={"id": {"any_": [run]}}, task_runs={"name": {"like_": "ppo"}})
-    assert ppo["run_count"] == 2
-    assert [json.loads(line)["step"] for line in box.run.metrics("ppo").read_text().splitlines()] == list(range(1, 41))
+    box.reaches(submitted, "Completed")
+    log = run.log("sft").read_text()
+    assert log.count("the sft stage's process ended") == 1 and log.count("Resuming after") == 1
+    (task,) = box.ask("/task_runs/filter", flow_runs={"id": {"any_": [submitted]}})
+    assert task["run_count"] == 2
+    assert [json.loads(line)["step"] for line in run.metrics("sft").read_text().splitlines()] == list(range(1, 61))
 
 
 def test_a_cancelled_run_stops_both_stages_that_run_side_by_side(box: Box) -> None:
