@@ -539,13 +539,6 @@ TABLE = (
         (f"{SHARDED}::test_two_processes_train_the_adapter_that_one_trains",),
     ),
     Mutation(
-        "sharding: a process with fewer held-out rows makes fewer passes",
-        "stages/sft.py",
-        "if roles.shards is not None and len(mine) <",
-        "if roles.shards is None and len(mine) <",
-        (f"{SHARDED}::test_two_processes_measure_what_one_measures",),
-    ),
-    Mutation(
         "sharding: a process with a smaller batch does less than the others wait for",
         "stages/parts.py",
         "items = list(islice(cycle(own or batches[0]), max(map(len, batches))))",

@@ -76,7 +76,8 @@ def test_a_rollout_that_nobody_has_judged_comes_back_as_it_was(tmp_path, config,
     assert made == ["new", "next"]
 
 
-def test_a_stop_amid_the_scoring_comes_between_two_passes_and_loses_no_rollout(tmp_path, monkeypatch):
+@pytest.mark.parametrize("passes", [2, 10], ids=["rewards", "log-probabilities"])
+def test_a_stop_amid_the_scoring_comes_between_two_passes_and_loses_no_rollout(tmp_path, monkeypatch, passes):
     loaded = tiny_config(tmp_path, "base.quantization=none", "ppo.microbatch_tokens=32", "ppo.held_out.every=null")
     run = publish_sft(loaded)
     publish_reward(loaded, run)
@@ -92,7 +93,7 @@ def test_a_stop_amid_the_scoring_comes_between_two_passes_and_loses_no_rollout(t
     def asking(*args: Any) -> Any:
         if calls:  # the rollout is there
             calls.append("pass")
-            if calls.count("pass") == 2:
+            if calls.count("pass") == passes:
                 interruption.request()
         return own_states(*args)
 
@@ -101,7 +102,7 @@ def test_a_stop_amid_the_scoring_comes_between_two_passes_and_loses_no_rollout(t
     with pytest.raises(Interrupted):
         ppo.run(loaded, run)
     interruption.withdraw()
-    assert calls == ["sample", "pass", "pass"]
+    assert calls == ["sample", *["pass"] * passes]
     ppo.run(loaded, run)
     assert calls.count("sample") == loaded.config.ppo.iterations
     assert (run.stage("ppo") / "adapter_model.safetensors").read_bytes() == undisturbed
