@@ -336,7 +336,7 @@ def _is_failure(line: str, stage: str) -> bool:
     return (
         f"the {stage} stage failed" in line
         or f"the {stage} stage ended with" in line
-        or f"the {stage} stage's process ended" in line
+        or line.startswith(f"a process of the {stage} stage ")
         or line.startswith(f"{stage}: stopped as asked")
     )
 

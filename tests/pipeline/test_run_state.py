@@ -108,6 +108,9 @@ def test_what_a_log_says_of_the_last_start(begun: tuple[LoadedConfig, RunDirecto
     log(run, "sft", header("sft") + "rows.jsonl, line 2: the sft stage failed: no text\n  -> Correct it.\n")
     state = read_run(run.root)
     assert state.status == "failed" and "no text" in state.stages["sft"].reason
+    for end in ("was killed", "ended (exit code 1) without a word"):  # as `stages.launch` says it
+        log(run, "sft", header("sft") + f"a process of the sft stage {end}, as happens\n")
+        assert read_run(run.root).stages["sft"].status == "failed", end
     log(run, "sft", header("sft") + "the sft stage failed: once\n" + header("sft"))
     assert statuses(run)["sft"] == "starting"
 
