@@ -54,7 +54,8 @@ def kept_folder(
 def intact(folder: Path) -> bool:
     """Whether every file of a copy is what was written; a copy that is not goes, to be made again."""
     try:
-        whole = unseal(read_json(folder / _FILES), folder / _FILES, "")["files"] == folder_files(folder, besides=_FILES)
+        written = unseal(read_json(folder / _FILES), folder / _FILES, "")["files"]
+        whole = bool(written == folder_files(folder, besides=_FILES))
     except (OSError, ValueError, KeyError, TypeError, ArtifactError):
         whole = False
     if not whole:
