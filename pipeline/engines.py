@@ -12,7 +12,7 @@ What an engine says is never trusted unseen: see `sampler/logprob_gap_mean` in `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Required, TypedDict, Unpack
 
 from pipeline import generation
 from pipeline.config import EngineChoice, RolloutSettings
@@ -24,6 +24,16 @@ from pipeline.vllm_engine import require_vllm, sample_with_vllm
 EngineName = Literal["generate", "paged", "vllm"]
 
 
+class Options(TypedDict, total=False):
+    """What an engine takes by name; each as `pipeline.generation.generate` says."""
+
+    seed: Required[tuple[int | str, ...]]
+    numbers: Sequence[int] | None
+    with_values: bool
+    on_batch: Callable[[int], None] | None
+    on_token: Callable[[], None] | None
+
+
 class Engine(Protocol):
     """How an engine is called; the arguments are those of `pipeline.generation.generate`."""
 
@@ -33,12 +43,7 @@ class Engine(Protocol):
         role: Role | None,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingSettings,
-        *,
-        seed: tuple[int | str, ...],
-        numbers: Sequence[int] | None = None,
-        with_values: bool = False,
-        on_batch: Callable[[int], None] | None = None,
-        on_token: Callable[[], None] | None = None,
+        **options: Unpack[Options],
     ) -> list[Response]: ...
 
 
@@ -78,26 +83,11 @@ def generate(
     role: Role | None,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingSettings,
-    *,
-    seed: tuple[int | str, ...],
-    numbers: Sequence[int] | None = None,
-    with_values: bool = False,
-    on_batch: Callable[[int], None] | None = None,
-    on_token: Callable[[], None] | None = None,
+    **options: Unpack[Options],
 ) -> list[Response]:
     """Sample one response a prompt with the chosen engine; arguments as for the engine of this name.
 
     Returns:
         the responses in the order of the prompts; without values where the engine reads none.
     """
-    return ENGINES[chosen_engine(roles, sampling.engine)](
-        roles,
-        role,
-        prompts,
-        sampling,
-        seed=seed,
-        numbers=numbers,
-        with_values=with_values,
-        on_batch=on_batch,
-        on_token=on_token,
-    )
+    return ENGINES[chosen_engine(roles, sampling.engine)](roles, role, prompts, sampling, **options)
