@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import pytest
 from box import PASSWORD, Box
-from real_runs import no_process_with, processes_with, wait_for
+from real_runs import held_still, no_process_with, processes_with, wait_for
 
 from pipeline.artifacts import read_manifest
 from pipeline.registry import Registry
@@ -153,7 +153,8 @@ def test_a_cancelled_run_leaves_nothing_and_resumes_also_after_its_worker_was_ki
     box.run.metrics("ppo").unlink()
     cancelled = box.submit("rlhf/quickstart", *LONG)
     box.is_in_ppo(more_than=1)
-    box.prefect("flow-run", "cancel", cancelled)
+    with held_still(f"XDG_CACHE_HOME={box.folder}", "stages.ppo"):
+        box.prefect("flow-run", "cancel", cancelled)
     wait_for(lambda: not box.stage_processes(), "its processes have ended", 30)
     box.reaches(cancelled, "Cancelled", 30)
     assert (box.run.stage("ppo") / "trivet.json").read_bytes() == before  # no half result
