@@ -431,11 +431,15 @@ def rollback(
 def up(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Where the page and its API listen.")] = 4200,
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many runs go on at once.")] = 1,
+    configs: Annotated[
+        list[Path] | None,
+        typer.Option("--configs", help="A further folder whose configs runs may name; repeatable.", show_default=False),
+    ] = None,
 ) -> None:
     """Keep Prefect's server and a worker running on this machine, with the deployments of prefect.yaml."""
     from flows.up import up as keep_up
 
-    keep_up(port=port, limit=limit, say=lambda line: print(line, flush=True))
+    keep_up(port=port, limit=limit, configs=configs or (), say=lambda line: print(line, flush=True))
 
 
 @app.command()

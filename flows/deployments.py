@@ -21,9 +21,6 @@ POOL = "gpu-box"
 """The work pool that `trivet up` keeps a worker for."""
 
 PARAMETERS = frozenset({"config", "overrides", "force"})
-ELSEWHERE = r"^[/~.]"
-"""Configs that begin so may lie outside of the folder, and are looked for by the run itself."""
-
 _NO_CONFIGS = frozenset({"runs", "registry", "node_modules", "venv"})
 _MOST_CONFIGS = 500
 
@@ -89,6 +86,23 @@ def configs_in(project: Path) -> tuple[str, ...] | None:
     return tuple(name for name in found if name != "prefect.yaml")
 
 
+def configs_to_name(project: Path, elsewhere: Sequence[Path] = ()) -> tuple[str, ...] | None:
+    """What a run may name: the configs of the folder that it begins in, and by their full paths those of all folders.
+
+    Args:
+        project: where runs begin.
+        elsewhere: further folders with configs.
+
+    Returns:
+        Paths. None: more than anybody would list, so that a run may name any.
+    """
+    own = configs_in(project)
+    found = [(folder, configs_in(folder)) for folder in elsewhere]
+    if own is None or any(configs is None for _, configs in found):
+        return None
+    return own + tuple(str(folder / name) for folder, names in [(project, own), *found] for name in names or ())
+
+
 def _is_no_place(folder: Path) -> bool:
     """Whether a folder is a run or a Python environment, of which there is much to read and nothing to find."""
     return any((folder / name).exists() for name in ("run.json", "registry.json", "pyvenv.cfg"))
@@ -101,7 +115,7 @@ def begins_in(pull_steps: Sequence[Mapping[str, Any]] | None, project: Path) -> 
 
 
 def naming_configs(schema: Mapping[str, Any], configs: Sequence[str] | None) -> dict[str, Any]:
-    """A deployment's parameter schema that lets a run name these configs, or one that lies elsewhere.
+    """A deployment's parameter schema that lets a run name these configs.
 
     Args:
         schema: as Prefect made it, or as this function did earlier.
@@ -111,8 +125,7 @@ def naming_configs(schema: Mapping[str, Any], configs: Sequence[str] | None) -> 
     config = changed.get("properties", {}).get("config")
     if config is None:
         return changed  # a flow of the user's own
-    for key in ("if", "else"):
-        config.pop(key, None)
+    config.pop("enum", None)
     if configs is not None:
-        config |= {"if": {"pattern": ELSEWHERE}, "else": {"enum": sorted(configs)}}
+        config["enum"] = list(configs)
     return changed

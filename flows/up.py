@@ -12,14 +12,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.deployments import POOL, begins_in, configs_in, naming_configs, require_sound
+from flows.deployments import POOL, begins_in, configs_to_name, naming_configs, require_sound
 from flows.server import ServerError, answers, prefect_home, server_environment
+from pipeline.errors import ConfigError
 from stages.launch import SOURCE_ROOT, supervised
 
 if TYPE_CHECKING:
@@ -39,21 +40,23 @@ _SECONDS_TO_START = 90.0
 _SECONDS_BETWEEN_STARTS = 5.0
 
 
-def up(*, port: int, limit: int, say: Callable[[str], None]) -> None:
+def up(*, port: int, limit: int, configs: Sequence[Path] = (), say: Callable[[str], None]) -> None:
     """Run server and worker until this process is asked to end.
 
     Args:
         port: where the server listens, on the loopback device.
         limit: how many runs the worker has at once.
+        configs: folders whose configs a run may name besides those of the project.
         say: told what is up, and what had to be started again.
 
     Raises:
         ServerError: the port is taken, another server is set in the environment, or something does not start.
-        ConfigError: a deployment of prefect.yaml cannot work.
+        ConfigError: a deployment of prefect.yaml cannot work, or a folder of configs is none.
     """
     url = f"http://127.0.0.1:{port}/api"
     project = find_project(Path.cwd())
     require_sound(project)
+    elsewhere = [_folder_of_configs(folder) for folder in configs]
     _require_own_server(url, port)
     # Prefect, imported later in this process and in all others, takes its settings from here.
     os.environ.update(server_environment(url, with_page=True))
@@ -70,17 +73,17 @@ def up(*, port: int, limit: int, say: Callable[[str], None]) -> None:
             say("Starting Prefect's server ...")
             server.start()
             server.wait_until(lambda: answers(url))
-            queue = _Queue(say)
+            queue = _Queue(project, elsewhere, say)
             queue.make_pool()
             deploy(project)
-            queue.name_configs(project)
+            queue.name_configs()
             queue.put_back()
             worker.start()
             worker.wait_until(queue.has_worker)
             say(f"The page: {url.removesuffix('/api')}  (logs: {server.log}, {worker.log})")
             say(f"In other terminals: export PREFECT_API_URL={url}; prefect deployment run rlhf/quickstart")
             say("Ctrl-C ends server and worker; runs go on from there when they are up again.")
-            _keep(server, worker, url, project, queue, say)
+            _keep(server, worker, url, queue, say)
         except (KeyboardInterrupt, SystemExit):
             say("Stopping; a running stage writes a checkpoint first ...")
             was_up = worker.is_running
@@ -104,6 +107,17 @@ def find_project(folder: Path) -> Path:
     raise ServerError(
         "there is no prefect.yaml here", where=str(folder), remedy="Start from a checkout of trivet, which has one."
     )
+
+
+def _folder_of_configs(folder: Path) -> Path:
+    resolved = folder.expanduser().resolve()
+    if not resolved.is_dir():
+        raise ConfigError(
+            "there is no such folder of configs",
+            where=str(folder),
+            remedy="Name folders that this machine sees: trivet up --configs FOLDER.",
+        )
+    return resolved
 
 
 def deploy(project: Path) -> None:
@@ -140,7 +154,7 @@ def _require_own_server(url: str, port: int) -> None:
             ) from None
 
 
-def _keep(server: _Kept, worker: _Kept, url: str, project: Path, queue: _Queue, say: Callable[[str], None]) -> None:
+def _keep(server: _Kept, worker: _Kept, url: str, queue: _Queue, say: Callable[[str], None]) -> None:
     """Look after both for ever."""
     while True:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -155,7 +169,7 @@ def _keep(server: _Kept, worker: _Kept, url: str, project: Path, queue: _Queue, 
             say(f"The worker has ended; starting it again. {worker.last_words()}")
             worker.start()
         _tried(queue.look)
-        _tried(lambda: queue.name_configs(project))
+        _tried(queue.name_configs)
 
 
 def _tried(question: Callable[[], None]) -> bool:
@@ -216,8 +230,8 @@ class _Kept:
 class _Queue:
     """The pool's runs, of which none may be forgotten as running while no process runs it."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, project: Path, elsewhere: Sequence[Path], say: Callable[[str], None]) -> None:
+        self._project, self._elsewhere, self._say = project, elsewhere, say
         self._seen: dict[UUID, float] = {}
         self._since = datetime.now(UTC)
         self._configs: tuple[str, ...] | None = ()
@@ -245,19 +259,19 @@ class _Queue:
         with _client() as client:
             self._seen |= {run.id: time.monotonic() for run in _runs(client, _AT_WORK)}
 
-    def name_configs(self, project: Path) -> None:
-        """Tell the server, now and then, which configs lie in the folder that runs begin in, if that has changed."""
+    def name_configs(self) -> None:
+        """Tell the server, now and then, which configs a run may name, if that has changed."""
         if time.monotonic() - self._listed_at < _SECONDS_BETWEEN_LISTS:
             return
         self._listed_at = time.monotonic()
-        configs = configs_in(project)
+        configs = configs_to_name(self._project, self._elsewhere)
         if configs == self._configs:
             return
         from prefect.client.schemas.actions import DeploymentUpdate
 
         with _client() as client:
             for deployment in client.read_deployments(work_pool_filter=_our_pool()):
-                if begins_in(deployment.pull_steps, project):
+                if begins_in(deployment.pull_steps, self._project):
                     schema = naming_configs(deployment.parameter_openapi_schema or {}, configs)
                     client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
         self._configs = configs

@@ -12,7 +12,7 @@ import yaml
 from finished_stages import light_config
 from real_runs import ROOT
 
-from flows.deployments import begins_in, configs_in, naming_configs, require_sound
+from flows.deployments import begins_in, configs_in, configs_to_name, naming_configs, require_sound
 from pipeline.errors import ConfigError
 
 
@@ -82,9 +82,30 @@ def test_configs_are_found_wherever_a_run_may_name_them(tmp_path: Path) -> None:
     for number in range(501):
         (tmp_path / "configs" / f"{number}.yaml").write_text("")
     assert configs_in(tmp_path) is None
+    assert configs_to_name(tmp_path) is None
 
 
-def test_a_run_may_name_what_is_there_and_what_lies_elsewhere() -> None:
+def test_a_run_may_name_configs_of_further_folders_by_their_full_paths(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "b.yaml").write_text("")
+    (tmp_path / "ours").mkdir()
+    own = project(tmp_path / "ours")
+    full = str(own / "run.yaml")
+    assert configs_to_name(own) == ("run.yaml", full)
+    assert configs_to_name(own, [tmp_path / "theirs"]) == ("run.yaml", full, str(tmp_path / "theirs" / "b.yaml"))
+
+
+def test_a_folder_of_configs_that_is_not_there_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.up import up
+
+    monkeypatch.chdir(project(tmp_path))
+    with pytest.raises(ConfigError, match="no such folder of configs"):
+        up(port=1, limit=1, configs=[tmp_path / "absent"], say=print)
+
+
+def test_a_run_may_name_nothing_but_what_is_there() -> None:
     from prefect.utilities.schema_tools import validate
 
     from flows.rlhf import rlhf
@@ -95,10 +116,10 @@ def test_a_run_may_name_what_is_there_and_what_lies_elsewhere() -> None:
         return [error.message for error in validate({"config": config}, schema)]
 
     named = naming_configs(schema, ["my.yaml", "configs/a.yaml"])
-    assert "if" not in schema["properties"]["config"], "the one that was given stays as it was"
-    for config in ("my.yaml", "configs/a.yaml", "/mnt/shared/b.yaml", "~/c.yaml", "../d.yaml"):
-        assert refused(config, named) == []
-    assert refused("our.yaml", named) == ["'our.yaml' is not one of ['configs/a.yaml', 'my.yaml']"]
+    assert "enum" not in schema["properties"]["config"], "the one that was given stays as it was"
+    assert refused("my.yaml", named) == refused("configs/a.yaml", named) == []
+    for config in ("our.yaml", "/mnt/b.yaml", "~/c.yaml", "../d.yaml"):
+        assert refused(config, named) == [f"{config!r} is not one of ['my.yaml', 'configs/a.yaml']"]
     assert refused("run.json", named)[0].startswith("'run.json' does not match")
     again = naming_configs(named, ["our.yaml"])
     assert refused("our.yaml", again) == [] and refused("my.yaml", again) == ["'my.yaml' is not one of ['our.yaml']"]
