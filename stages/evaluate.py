@@ -195,6 +195,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     n = config.evaluate.best_of
     candidates = [prompt for prompt in prompts for _ in range(n)] if n > 1 else []
     answers, drawn = {}, None
+    clock.go_on(run, "evaluate", digest(inputs))
     ask = partial(answer, parts, roles, sampling=sampling)
     with deferred(), progress(len(contestants) * len(prompts) + len(candidates), "evaluate", "answers") as bar:
         for name, role in contestants:

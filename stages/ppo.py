@@ -138,6 +138,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         say(f"Resuming after {position} of {ppo.iterations} iterations.")
 
     # Loop.
+    clock.go_on(run, "ppo", digest(inputs))
     last = min(ppo.iterations, ppo.max_steps or ppo.iterations)
     left = bounds_left(position.iteration, state.metrics, ppo)
     writer = TrackedMetrics("ppo", loaded, run) if world.is_main else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,23 +13,46 @@ import pipeline
 from pipeline.artifacts import BaseIdentity, Manifest, digest, folder_files, write_manifest
 from pipeline.config_file import LoadedConfig
 from pipeline.memory import peak_memory_bytes, reset_peak
+from pipeline.progress import is_main_process
 from pipeline.rewards import Calibration
-from pipeline.run_directory import RunDirectory, StageName, read_json
+from pipeline.run_directory import RunDirectory, StageName, read_json, write_json
+
+_CLOCK = "clock.json"
 
 
 @dataclass
 class StageClock:
-    """Time and peak memory of a stage, from the moment it is made."""
+    """Time of a stage, that of its interrupted starts included, and peak memory from the moment it is made."""
 
     started: float = field(default_factory=time.monotonic)
+    before: float = 0.0
 
     def __post_init__(self) -> None:
         reset_peak()
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds so far."""
-        return time.monotonic() - self.started
+        """Wall-clock seconds so far, of all starts in which this result was made."""
+        return self.before + time.monotonic() - self.started
+
+    def go_on(self, run: RunDirectory, stage: StageName, inputs_digest: str) -> None:
+        """Count the starts that were interrupted before this one, each up to the last file that it wrote.
+
+        To be called when nothing can be refused any more. A start from other inputs does not count. The main process
+        alone keeps the account.
+        """
+        if not is_main_process():
+            return
+        path = run.working(stage) / _CLOCK
+        files = [file for file in (*run.working(stage).rglob("*"), run.metrics(stage)) if file.is_file()]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = read_json(path)
+            if earlier["inputs_digest"] == inputs_digest:
+                last_sign = max(file.stat().st_mtime for file in files)
+                self.before = float(earlier["before"]) + max(0.0, last_sign - float(earlier["started"]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        began = time.time() - (time.monotonic() - self.started)
+        write_json(path, {"inputs_digest": inputs_digest, "before": self.before, "started": began})
 
 
 def finish(

@@ -123,6 +123,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         trainer = build_trainer(model, chat, arguments, train_pairs, held_out_pairs, shards)
 
     # 5. Loop
+    clock.go_on(run, "reward", digest(inputs))
     train_loss = train(trainer, TrainingReport("reward", loaded, run), checkpoints)
 
     # 6. Result

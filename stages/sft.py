@@ -104,6 +104,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     loss_before = held_out_loss(roles, None, held_out_rows, trainer.accelerator, budget)
 
     # 5. Loop
+    clock.go_on(run, "sft", digest(inputs))
     train_loss = train(trainer, TrainingReport("sft", loaded, run), checkpoints)
 
     # 6. Result
