@@ -1,4 +1,5 @@
-"""The shape of a base from its config alone: a folder's config.json, the hub's, or a GGUF file's header.
+"""The shape of a base from its config alone: a folder's config.json, the hub's, or a GGUF file's header; and how
+many tokens it reads.
 
 Nothing here reads weights or imports torch, so that `trivet plan` answers at once.
 """
@@ -129,15 +130,43 @@ def shape_of(base: BaseSettings) -> ModelShape:
     known = PUBLIC_SHAPES.get(base.model.removesuffix("-Instruct"))
     if known is not None and not os.path.exists(base.model):
         return known
+    path = _config_file(base)
+    return shape_from_config(_settings_in(path), name=path.stem if _is_gguf(path) else base.model, where=str(path))
+
+
+def context_length(base: BaseSettings) -> int | None:
+    """How many tokens the config's base reads at the most; None where its config does not say.
+
+    Raises:
+        BaseModelError: there is no config, or it cannot be read.
+    """
+    settings = _settings_in(_config_file(base))
+    nested = settings.get("text_config")
+    for found in (nested if isinstance(nested, Mapping) else {}, settings):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(found.get(name), int) and found[name] > 0:
+                return int(found[name])
+    return None
+
+
+def _config_file(base: BaseSettings) -> Path:
+    """The file that tells the shape: config.json, or a GGUF file."""
     if base.model.startswith(PACKAGE_PREFIX):
         path = in_package(base.model)
     elif base.model.startswith(("/", ".", "~")) or os.path.exists(base.model):
         path = Path(base.model).expanduser()
     else:
         path = _config_from_hub(base)
-    if path.suffix == ".gguf" and os.path.isfile(path):
-        return read_gguf_shape(path)
-    path = path if path.name == "config.json" else path / "config.json"
+    return path if path.name == "config.json" or _is_gguf(path) else path / "config.json"
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and os.path.isfile(path)
+
+
+def _settings_in(path: Path) -> Mapping[str, Any]:
+    if _is_gguf(path):
+        return read_gguf_settings(path)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -146,10 +175,12 @@ def shape_of(base: BaseSettings) -> ModelShape:
             where=str(path),
             remedy="Set base.model to a folder with config.json, a .gguf file, or a hub id.",
         ) from None
-    return shape_from_config(settings, name=base.model, where=str(path))
+    if not isinstance(settings, Mapping):
+        raise BaseModelError("this is no model's config", where=str(path), remedy="config.json holds a JSON object.")
+    return settings
 
 
-def shape_from_config(settings: Any, *, name: str, where: str) -> ModelShape:
+def shape_from_config(settings: Mapping[str, Any], *, name: str, where: str) -> ModelShape:
     """The shape that a config.json tells.
 
     Args:
@@ -160,8 +191,6 @@ def shape_from_config(settings: Any, *, name: str, where: str) -> ModelShape:
     Raises:
         BaseModelError: a field is missing or no number; the model is none that the arithmetic knows.
     """
-    if not isinstance(settings, Mapping):
-        raise BaseModelError("this is no model's config", where=where, remedy="config.json holds a JSON object.")
     nested = settings.get("text_config")
     text: Mapping[str, Any] = nested if isinstance(nested, Mapping) else settings
     kind = str(text.get("model_type") or settings.get("model_type") or "")
@@ -216,11 +245,13 @@ _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?",
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 
 
-def read_gguf_shape(path: Path) -> ModelShape:
-    """The shape that a GGUF file's header tells; its weights are converted to float32 once, before they are loaded.
+def read_gguf_settings(path: Path) -> Mapping[str, Any]:
+    """What a GGUF file's header tells, under the names of a config.json; None for what it does not tell.
+
+    Its weights are converted to float32 once, before they are loaded.
 
     Raises:
-        BaseModelError: it is no GGUF file, is torn, or misses a field.
+        BaseModelError: it is no GGUF file, or is torn.
     """
     try:
         with path.open("rb") as file:
@@ -234,7 +265,7 @@ def read_gguf_shape(path: Path) -> ModelShape:
     def field(name: str) -> Any:
         return found.get(f"{kind}.{name}")
 
-    settings = {
+    return {
         "model_type": kind,
         "hidden_size": field("embedding_length"),
         "intermediate_size": field("feed_forward_length"),
@@ -245,9 +276,9 @@ def read_gguf_shape(path: Path) -> ModelShape:
         "vocab_size": field("vocab_size") or found.get("tokenizer.ggml.tokens"),
         "num_local_experts": field("expert_count"),
         "tie_word_embeddings": "output.weight" not in tensors,
+        "max_position_embeddings": field("context_length"),
         "dtype": "float32",
     }
-    return shape_from_config(settings, name=path.stem, where=str(path))
 
 
 def _read_gguf_header(file: IO[bytes]) -> tuple[dict[str, Any], set[str]]:

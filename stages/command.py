@@ -30,7 +30,7 @@ from pipeline.progress import duration, is_main_process, say
 from pipeline.run_directory import RunDirectory, StageName
 from pipeline.trackers import require_trackers
 from stages import interruption
-from stages.inputs import find_current, parents_of
+from stages.inputs import find_current, parents_of, require_lengths_that_fit
 from stages.interruption import EXIT_INTERRUPTED, Interrupted
 from stages.launch import ERROR_FILE_VARIABLE, QUIET_ENVIRONMENT
 
@@ -110,6 +110,7 @@ def _run_unless_current(stage: StageName, run: Run, loaded: LoadedConfig, *, for
             say(f"{stage}: nothing to do; {reason}.")
             return
         require_trackers(loaded.config)
+        require_lengths_that_fit(loaded.config, [stage])
         say(f"{stage}: starting; {'run again on demand' if manifest is not None else reason}.")
         finished = run(loaded, directory)
         say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pipeline
@@ -10,8 +11,9 @@ from pipeline.base_source import locate, read_template
 from pipeline.config import PipelineConfig
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import fingerprint
-from pipeline.errors import ArtifactError, ForeignResultError
+from pipeline.errors import ArtifactError, ConfigError, ForeignResultError
 from pipeline.functions import function_digest
+from pipeline.model_shape import context_length
 from pipeline.run_directory import STAGES, RunDirectory, StageName
 
 _NOT_IN_THE_RESULT = {"log_every", "checkpoint_every", "keep_last", "ratio_tolerance"}
@@ -85,6 +87,39 @@ def find_current(
         return manifest, "unchanged: base, data, settings, parents and code are those of the finished result"
     changed = sorted(key for key in inputs if inputs[key] != manifest.inputs.get(key))
     return None, f"changed since the last run: {', '.join(changed) or 'inputs'}"
+
+
+def require_lengths_that_fit(config: PipelineConfig, stages: Sequence[str]) -> None:
+    """Refuse sequences longer than what the base reads, on which it fails or answers nonsense.
+
+    Raises:
+        ConfigError: the stages' settings allow such; says which ones.
+        BaseModelError: the base's config cannot be read.
+    """
+    window = context_length(config.base)
+    if window is None:
+        return
+    for stage in stages:
+        for setting, tokens in _longest(stage, config).items():
+            if tokens > window:
+                raise ConfigError(
+                    f"{setting} is {tokens} tokens, more than the {window} that the base reads",
+                    where=setting,
+                    remedy=f"Lower it to {window} at the most, or choose a base that reads more.",
+                )
+
+
+def _longest(stage: str, config: PipelineConfig) -> dict[str, int]:
+    """The longest sequences that a stage may meet, by the settings that bound them."""
+    ppo, evaluate = config.ppo, config.evaluate
+    answered = {"ppo.max_prompt_tokens + ppo.max_new_tokens": ppo.max_prompt_tokens + ppo.max_new_tokens}
+    if stage == "sft":
+        return {"sft.max_length": config.sft.max_length}
+    if stage == "reward":
+        return {"reward.max_length": config.reward.max_length} | answered
+    if stage == "evaluate" and evaluate.max_new_tokens is not None:
+        return {"ppo.max_prompt_tokens + evaluate.max_new_tokens": ppo.max_prompt_tokens + evaluate.max_new_tokens}
+    return answered
 
 
 def _settings(stage: StageName, config: PipelineConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pipeline.config_file import LoadedConfig, load_config
 from pipeline.errors import TrivetError
 from pipeline.run_directory import RunDirectory, StageName
 from stages.command import leave_message
-from stages.inputs import find_current, stages_of
+from stages.inputs import find_current, require_lengths_that_fit, stages_of
 from stages.launch import ERROR_FILE_VARIABLE, child_environment, supervised
 from stages.launcher_file import require_launchable
 
@@ -84,6 +84,7 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
     config = loaded.config
     require_launchable(config, stages)
     require_trackers(config)
+    require_lengths_that_fit(config, stages)
     check_trl_options(config)
     if set(stages) - {"sft"}:
         require_engine(config.ppo.rollout)

@@ -31,7 +31,7 @@ def tiny_base(
         "pad_token_id": tokenizer.pad_token_id,
     }
     if architecture == "gpt2":
-        shape |= {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+        shape |= {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}
     else:
         shape |= {
             "hidden_size": 64,
@@ -40,7 +40,7 @@ def tiny_base(
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 16,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": 1024,
         }
     config = AutoConfig.for_model(architecture, **shape)
     with torch.random.fork_rng(devices=[]):

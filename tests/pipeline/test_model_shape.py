@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config import BaseSettings
 from pipeline.errors import BaseModelError
-from pipeline.model_shape import PUBLIC_SHAPES, ModelShape, read_gguf_shape, shape_from_config, shape_of
+from pipeline.model_shape import PUBLIC_SHAPES, ModelShape, context_length, shape_from_config, shape_of
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -98,6 +98,10 @@ def gguf(path: Path, pairs: dict[str, Any], tensors: list[str]) -> Path:
     return path
 
 
+def gguf_shape(path: Path) -> ModelShape:
+    return shape_of(BaseSettings(model=str(path)))
+
+
 PAIRS = {
     "general.architecture": "llama",
     "tokenizer.ggml.tokens": ["a", "bc", "d"],
@@ -110,10 +114,33 @@ PAIRS = {
 
 
 def test_a_gguf_header_tells_the_shape(tmp_path: Path) -> None:
-    found = read_gguf_shape(gguf(tmp_path / "m.gguf", PAIRS, ["token_embd.weight"]))
+    found = gguf_shape(gguf(tmp_path / "m.gguf", PAIRS, ["token_embd.weight"]))
     assert (found.width, found.inner, found.layers, found.heads, found.kv_heads) == (64, 128, 2, 4, 2)
     assert (found.vocabulary, found.head_width, found.tied) == (3, 16, True)
-    assert not read_gguf_shape(gguf(tmp_path / "m.gguf", PAIRS, ["token_embd.weight", "output.weight"])).tied
+    assert not gguf_shape(gguf(tmp_path / "m.gguf", PAIRS, ["token_embd.weight", "output.weight"])).tied
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        (LLAMA | {"max_position_embeddings": 8192}, 8192),
+        ({"model_type": "gpt2", "n_positions": 1024}, 1024),
+        ({"text_config": {"max_position_embeddings": 4096}, "max_position_embeddings": 7}, 4096),
+        ({"model_type": "bloom"}, None),
+        ({"max_position_embeddings": "many"}, None),
+    ],
+)
+def test_the_config_says_how_many_tokens_the_base_reads(
+    tmp_path: Path, settings: dict[str, Any], tokens: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert context_length(BaseSettings(model=str(tmp_path))) == tokens
+
+
+def test_a_gguf_header_says_how_many_tokens_the_base_reads(tmp_path: Path) -> None:
+    path = gguf(tmp_path / "m.gguf", PAIRS | {"llama.context_length": 2048}, [])
+    assert context_length(BaseSettings(model=str(path))) == 2048
+    assert context_length(BaseSettings(model=str(gguf(path, PAIRS, [])))) is None
 
 
 def test_a_torn_gguf_header_is_refused(tmp_path: Path) -> None:
@@ -122,7 +149,7 @@ def test_a_torn_gguf_header_is_refused(tmp_path: Path) -> None:
     for length in (0, 4, 20, len(whole) // 2):
         path.write_bytes(whole[:length])
         with pytest.raises(BaseModelError, match="header of the GGUF file cannot be read"):
-            read_gguf_shape(path)
+            gguf_shape(path)
 
 
 def test_the_config_of_a_hub_model_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from real_runs import ROOT
 from tiny_models import tiny_config
 
 from pipeline.errors import BaseModelError, ConfigError, DataError, RewardFunctionError
@@ -21,6 +24,28 @@ FAULTS = [
     ("data.preferences.sources=[nope.jsonl]", DataError, "nope.jsonl"),
     ("data.prompts.sources=[nope.jsonl]", DataError, "nope.jsonl"),
 ]
+
+
+TOO_LONG = [
+    ("sft", "sft.max_length=1025", "sft.max_length is 1025 tokens, more than the 1024 that the base reads"),
+    ("reward", "reward.max_length=1025", "reward.max_length is 1025 tokens"),
+    ("reward", "ppo.max_prompt_tokens=1024", "ppo.max_prompt_tokens + ppo.max_new_tokens is"),
+    ("ppo", "ppo.max_new_tokens=1024", "ppo.max_prompt_tokens + ppo.max_new_tokens is"),
+    ("evaluate", "evaluate.max_new_tokens=1024", "ppo.max_prompt_tokens + evaluate.max_new_tokens is"),
+]
+
+
+@pytest.mark.parametrize(("stage", "override", "said"), TOO_LONG)
+def test_lengths_beyond_what_the_base_reads_are_refused(tmp_path: Path, stage: str, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(tiny_config(tmp_path, override), [stage])
+    assert said in str(caught.value)
+
+
+def test_a_stage_that_is_started_by_itself_refuses_them_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stages.sft", str(tiny_config(tmp_path).path), "sft.max_length=1025"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "sft.max_length is 1025 tokens" in ended.stderr
 
 
 @pytest.mark.parametrize(("override", "kind", "named"), FAULTS)
