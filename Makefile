@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 # Touched when the installation is complete; it is made again when what it depends on has changed.
 STAMP := $(VENV)/installed
 PYTEST_ARGS ?=
+# A process a core, four at the most: some tests start several processes of their own. The tests of a file share what
+# is dear to make, so that a file stays whole; the slow ones come first.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 
 help: ## show this list
@@ -18,7 +21,7 @@ demo: $(STAMP) ## run SFT, reward model, PPO and evaluation of a 135M model on t
 	$(BIN)/trivet run configs/quickstart.yaml
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .
