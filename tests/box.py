@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +90,24 @@ class Box:
         return done
 
     def submit(self, deployment: str, *overrides: str) -> str:
-        """Submit a run; its id."""
-        said = self.prefect("deployment", "run", deployment, "--params", json.dumps({"overrides": overrides})).stdout
-        return said.partition("UUID: ")[2].split()[0]
+        """Submit a run as the page does; its id."""
+        found = self.ask(f"/deployments/name/{deployment}", method="GET")
+        asked = {"parameters": {"overrides": overrides}, "state": {"type": "SCHEDULED"}}
+        return str(self.ask(f"/deployments/{found['id']}/create_flow_run", **asked)["id"])
 
-    def watch(self, deployment: str, *overrides: str, check: bool = True) -> tuple[str, str]:
-        """Submit a run and wait for its end; its id, and what the command says."""
+    def run_to_its_end(self, deployment: str, *overrides: str) -> tuple[str, str]:
+        """Submit a run and wait; its id, and the name of the state in which it ended."""
+        run = self.submit(deployment, *overrides)
+        ends = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+        found = partial(self.ask, f"/flow_runs/{run}", method="GET")
+        wait_for(lambda: found()["state"]["type"] in ends, "the run has ended", 380, self.said)
+        return run, str(found()["state"]["name"])
+
+    def watch(self, deployment: str, *overrides: str) -> tuple[str, str]:
+        """The same as a person does it in a terminal; the run's id, and what the command says."""
         parameters = ("--params", json.dumps({"overrides": overrides}))
-        done = self.prefect(
-            "deployment", "run", deployment, *parameters, "--watch", "--watch-timeout", "380", check=check
-        )
-        return done.stdout.partition("UUID: ")[2].split()[0], done.stdout
+        said = self.prefect("deployment", "run", deployment, *parameters, "--watch", "--watch-timeout", "380").stdout
+        return said.partition("UUID: ")[2].split()[0], said
 
     def ask(self, path: str, method: str = "POST", **body: Any) -> Any:
         password = base64.b64encode(PASSWORD.encode()).decode()

@@ -135,11 +135,11 @@ def test_two_machines_share_runs_and_registry(machines: tuple[Box, SecondMachine
     print(f"the second machine has {'mounts of its own' if second.mounts else 'a symbolic link'}")
 
     # What one has made the other one finds, and promotes.
-    done, said = first.watch("rlhf/quickstart", *here)
-    assert "Completed" in said
+    done, ended = first.run_to_its_end("rlhf/quickstart", *here)
+    assert ended == "Completed"
     assert {name: state["name"] for name, state in first.tasks(done).items()} == dict.fromkeys(STAGES, "Completed")
-    found, said = first.watch("rlhf/elsewhere", *there, "registry.promote=passed")
-    assert "Completed" in said, (second.folder / "worker.log").read_text()
+    found, ended = first.run_to_its_end("rlhf/elsewhere", *there, "registry.promote=passed")
+    assert ended == "Completed", (second.folder / "worker.log").read_text()
     states = {name: state["name"] for name, state in first.tasks(found).items()}
     assert states == dict.fromkeys(STAGES, "Cached") | {"promote": "Completed"}
     assert registry.current is not None and registry.current.digest == read_manifest(run.stage("ppo")).digest
@@ -154,8 +154,8 @@ def test_two_machines_share_runs_and_registry(machines: tuple[Box, SecondMachine
 
     wait_for(lambda: iterations() > 2, "PPO is at work there", 200, first.said)
     with held_still(second.mark, "stages.ppo"):
-        refused, said = first.watch("sft/quickstart", *here, "seed=5", check=False)
-        assert "finished in state 'Failed'" in said
+        refused, ended = first.run_to_its_end("sft/quickstart", *here, "seed=5")
+        assert ended == "Failed"
         message = first.ask(f"/flow_runs/{refused}", method="GET")["state"]["message"]
         assert "the run directory is in use" in message and "has been at the ppo stage" in message
 
@@ -163,8 +163,8 @@ def test_two_machines_share_runs_and_registry(machines: tuple[Box, SecondMachine
         second.lose()
     reached = iterations()
     assert 2 < reached < 40 and first.state(begun) != "Completed"
-    done, said = first.watch("rlhf/quickstart", *here, *long)
-    assert "Completed" in said
+    done, ended = first.run_to_its_end("rlhf/quickstart", *here, *long)
+    assert ended == "Completed"
     assert "Resuming after" in run.log("ppo").read_text()
     assert [json.loads(line)["step"] for line in run.metrics("ppo").read_text().splitlines()] == list(range(1, 41))
     manifest = read_manifest(run.stage("ppo"))
