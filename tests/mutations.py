@@ -1658,7 +1658,8 @@ TABLE = (
         "the plan shares the quantization constants under FSDP",
         "pipeline/memory_plan.py",
         '"quantization constants": constant_bytes(shape, self.quantization, double=base.double_quantization),',
-        '"quantization constants": constant_bytes(shape, self.quantization, double=base.double_quantization) // 8,',
+        '"quantization constants": constant_bytes(shape, self.quantization, double=base.double_quantization)'
+        " // self.device.processes,",
         ("tests/pipeline/test_memory_plan.py::test_fsdp_shares_the_layers_and_nothing_else",),
     ),
     Mutation(
