@@ -11,12 +11,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from real_runs import ROOT, environment, processes_with, wait_for
+from real_runs import ROOT, environment, held_still, processes_with, wait_for
 from tiny_models import tiny_config
 
 from flows.server import answers
@@ -142,6 +143,10 @@ class Box:
     def stage_processes(self) -> list[str]:
         """The command lines of stages, which do not inherit Prefect's settings."""
         return [line for line in processes_with(f"XDG_CACHE_HOME={self.folder}").values() if "stages." in line]
+
+    def ppo_held_still(self) -> AbstractContextManager[None]:
+        """PPO makes no step during the block."""
+        return held_still(f"XDG_CACHE_HOME={self.folder}", "stages.ppo")
 
     def iterations(self) -> int:
         path = self.run.metrics("ppo")

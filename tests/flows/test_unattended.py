@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import pytest
 from box import PASSWORD, Box
-from real_runs import held_still, no_process_with, processes_with, wait_for
+from real_runs import no_process_with, processes_with, wait_for
 
 from pipeline.artifacts import read_manifest
 from pipeline.registry import Registry
@@ -26,7 +26,7 @@ from pipeline.run_directory import STAGES, RunDirectory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-LONG = ["ppo.iterations=30", "ppo.checkpoint_every=1"]
+LONG = ["ppo.iterations=16", "ppo.checkpoint_every=1"]
 """PPO long enough to be stopped twice."""
 
 
@@ -154,24 +154,25 @@ def test_a_cancelled_run_leaves_nothing_and_resumes_also_after_its_worker_was_ki
     box.run.metrics("ppo").unlink()
     cancelled = box.submit("rlhf/quickstart", *LONG)
     box.is_in_ppo(more_than=1)
-    with held_still(f"XDG_CACHE_HOME={box.folder}", "stages.ppo"):
+    with box.ppo_held_still():
         box.prefect("flow-run", "cancel", cancelled)
     wait_for(lambda: not box.stage_processes(), "its processes have ended", 30)
     box.reaches(cancelled, "Cancelled", 30)
     assert (box.run.stage("ppo") / "trivet.json").read_bytes() == before  # no half result
     stopped_at = box.iterations()
-    assert stopped_at < 30
+    assert stopped_at < 16
 
     resumed = box.submit("rlhf/quickstart", *LONG)
     box.is_in_ppo(more_than=stopped_at + 1)
     assert box.run.log("ppo").read_text().count("Resuming after") == 1
-    os.kill(box.process_of("worker"), signal.SIGKILL)
+    with box.ppo_held_still():
+        os.kill(box.process_of("worker"), signal.SIGKILL)
     wait_for(lambda: "goes back into the queue" in box.said(), "the lost run is noticed", 60, box.said)
     box.reaches(resumed, "Completed")
     assert box.run.log("ppo").read_text().count("Resuming after") == 2
     steps = [json.loads(line)["step"] for line in box.run.metrics("ppo").read_text().splitlines()]
-    assert steps == list(range(1, 31))
-    assert read_manifest(box.run.stage("ppo")).extra["iterations"] == 30
+    assert steps == list(range(1, 17))
+    assert read_manifest(box.run.stage("ppo")).extra["iterations"] == 16
 
 
 def test_a_stage_whose_process_is_killed_is_tried_again_and_resumes(box: Box) -> None:
@@ -213,18 +214,20 @@ def test_a_cancelled_run_stops_both_stages_that_run_side_by_side(box: Box) -> No
 
 def test_it_survives_its_server_ends_in_order_and_its_runs_go_on_when_it_is_up_again(box: Box) -> None:
     box.run.metrics("ppo").unlink()
-    run = box.submit("rlhf/quickstart", "ppo.iterations=31", "ppo.checkpoint_every=1")
+    run = box.submit("rlhf/quickstart", "ppo.iterations=17", "ppo.checkpoint_every=1")
     box.is_in_ppo(more_than=1)
-    os.kill(box.process_of("server"), signal.SIGKILL)
-    wait_for(lambda: "The server has ended" in box.said(), "the server's end is noticed", 60, box.said)
+    with box.ppo_held_still():
+        os.kill(box.process_of("server"), signal.SIGKILL)
+        wait_for(lambda: "The server has ended" in box.said(), "the server's end is noticed", 60, box.said)
     box.is_in_ppo(more_than=box.iterations() + 1)
-    wait_for(box.answers, "there is a server again", 120, box.said)
-    assert box.state(run) == "Running"
+    with box.ppo_held_still():
+        wait_for(box.answers, "there is a server again", 120, box.said)
+        assert box.state(run) == "Running"
     assert box.down() == 0
     assert no_process_with(f"XDG_CACHE_HOME={box.folder}", 5)
     box.up()
     box.reaches(run, "Completed")
-    assert read_manifest(box.run.stage("ppo")).extra["iterations"] == 31
+    assert read_manifest(box.run.stage("ppo")).extra["iterations"] == 17
     assert box.down() == 0
 
 

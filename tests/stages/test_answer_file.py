@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from usable_run import usable_run
 
 from flows.cli import app
+from pipeline import generation
 from pipeline.config import DataSettings
 from pipeline.config_file import LoadedConfig
 from pipeline.datasets import load_instructions
@@ -208,7 +209,7 @@ def test_a_source_without_prompts_is_told(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_start_goes_on_and_ends_with_the_same_bytes(
-    loaded: LoadedConfig, source: Path, tmp_path: Path
+    loaded: LoadedConfig, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal in the middle of it, from outside; then the same command."""
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
@@ -224,8 +225,16 @@ def test_an_interrupted_start_goes_on_and_ends_with_the_same_bytes(
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75 and "The same command goes on" in said, said
-    done = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.json")}
-    assert 3 <= len(done) < 12 * len(WORDS) and not cut.exists()
+    done = len(list(kept.glob("*.json")))
+    assert 3 <= done < 12 * len(WORDS) and not cut.exists()
+    sample, sampled = generation.generate, []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        sampled.append(1)
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(generation, "generate", counting)
     assert trivet("generate", loaded.config.run_dir, source, cut, *options, "--seed", 0).exit_code == 0
     assert cut.read_bytes() == whole.read_bytes()
+    assert len(sampled) == 12 * len(WORDS) - done
     assert not kept.exists()
