@@ -308,6 +308,9 @@ class PPOSettings(Section):
     """Peak learning rate of the critic. None: the policy's."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How both learning rates fall over the iterations."""
+    optimizer: Literal["adamw", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """Where AdamW keeps its two moments: on the device, or in pages that CUDA moves to main memory where room is short,
+    with `_8bit` rounded to 8 bits as well. Paging is for CUDA alone, and for matrices of 100,000 numbers and more."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of Adam's two moments."""
     adam_epsilon: float = Field(1e-5, gt=0)
