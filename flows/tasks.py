@@ -162,6 +162,7 @@ def _run(stage: StageName, order: Order) -> Outcome:
     loaded = load_config(order.config, order.overrides)
     run = RunDirectory(loaded.config.run_dir)
     display = current_display()
+    log_of_stage = run.log(stage, loaded.config.launch.machine_rank)
     with LiveProgress(stage, log).running() as live, kept_up(run.root, log.warning) as report:
         log_progress = _log_now_and_then(log.info)
 
@@ -174,7 +175,7 @@ def _run(stage: StageName, order: Order) -> Outcome:
             stage,
             loaded,
             force=order.force,
-            on_line=log.info if display else bounded(log.info, run.log(stage)),
+            on_line=log.info if display else bounded(log.info, log_of_stage),
             on_progress=on_progress,
             beside=order.beside,
         )

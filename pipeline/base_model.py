@@ -28,7 +28,7 @@ from pipeline.base_files import as_folder, read_tokenizer
 from pipeline.base_source import locate
 from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
-from pipeline.errors import BaseModelError
+from pipeline.errors import BaseModelError, ConfigError
 from pipeline.merged_model import int8_scale, nf4_constants
 from pipeline.quantized_cache import intact, keep, kept_folder
 from pipeline.sharding import unknown_to_libraries, whole_tensor
@@ -119,6 +119,31 @@ def compute_dtype(base: BaseSettings, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def require_agreed_dtype(base: BaseSettings, device: torch.device, precision: str) -> None:
+    """Refuse a launcher that names another arithmetic than the one that the base computes in.
+
+    Nothing would heed it: adapters learn in float32 and the base computes in `base.dtype`, in all stages alike.
+
+    Args:
+        precision: Accelerate's `mixed_precision`; `no` names none.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if precision == "no":
+        return
+    dtype = str(compute_dtype(base, device)).removeprefix("torch.")
+    named = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
+    if dtype != named:
+        auto = " (base.dtype=auto)" if base.dtype == "auto" else ""
+        raise ConfigError(
+            f"the launcher asks for mixed_precision '{precision}', but the base computes in {dtype} here{auto}",
+            where="launch.mixed_precision",
+            remedy=(f"Set base.dtype={named}, or" if named else "Choose one with base.dtype, and set")
+            + " launch.mixed_precision=no (in a file of your own, mixed_precision).",
+        )
 
 
 def _attention(base: BaseSettings, device: torch.device) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -147,8 +148,26 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, named: Mapping[
     Raises:
         KeyError: the file names a parameter that the optimizer does not have.
     """
-    for key, tensor in load_file(path).items():
+    tensors = load_file(path)
+    paged = isinstance(optimizer, Optimizer8bit)
+    if paged:
+        _allocate(optimizer, {named[key.rpartition("/")[0]] for key in tensors})
+    for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")
         parameter = named[name]
-        # Adam keeps its step counter on the CPU, whatever the device of the parameter.
-        optimizer.state[parameter][entry] = tensor if entry == "step" else tensor.to(parameter.device)
+        state = optimizer.state[parameter]
+        if paged and entry == "step":
+            state[entry] = int(tensor)
+        elif paged:
+            state[entry].copy_(tensor)
+        else:
+            # Adam keeps its step counter on the CPU, whatever the device of the parameter.
+            state[entry] = tensor if entry == "step" else tensor.to(parameter.device)
+
+
+def _allocate(optimizer: Any, parameters: set[nn.Parameter]) -> None:
+    """Room for the state of some parameters as bitsandbytes makes it at the first step: in pages where it pages."""
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if parameter in parameters:
+                optimizer.init_state(group, parameter, number, index)

@@ -308,6 +308,9 @@ class PPOSettings(Section):
     """Peak learning rate of the critic. None: the policy's."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How both learning rates fall over the iterations."""
+    optimizer: Literal["adamw", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """Where AdamW keeps its two moments: on the device, or in pages that CUDA moves to main memory where room is short,
+    with `_8bit` rounded to 8 bits as well. Paging is for CUDA alone, and for matrices of 100,000 numbers and more."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay of Adam's two moments."""
     adam_epsilon: float = Field(1e-5, gt=0)
@@ -438,12 +441,15 @@ class LaunchSettings(Section):
     """With several processes: `ddp` keeps the whole base on each GPU, `fsdp` (FSDP2) a share of it. `auto`: ddp where
     the stages fit each GPU that way, fsdp otherwise."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """For fsdp: passed on to Accelerate. Layers are gathered as they are kept, whatever it says: the base computes in
-    `base.dtype`, adapters stay in float32."""
+    """What the base computes in, in Accelerate's words. `base.dtype` decides that: another one here, or in a file of
+    your own, is refused. `no` says nothing. Adapters learn in float32 in any case."""
     cpu_offload: bool = False
     """For fsdp: keep each GPU's share in main memory and fetch it layer by layer; slower."""
     reshard_after_forward: bool = True
     """For fsdp: give a layer's gathered weights back after its forward pass and gather them again. False is faster."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds that processes wait for another one, on this machine or another, before the stage ends with an error: at
+    the start for it to come, later for it to take part. More than what one process may do alone."""
     card: str | None = None
     """The card that the run is meant for: a name such as `RTX 4090`, or its memory, `24GB`. None: what is there."""
     accelerate_config: str | None = None
@@ -790,7 +796,7 @@ class PipelineConfig(Section):
                 f"launch.strategy is '{launch.strategy}', but there is one process;"
                 " set launch.processes, or remove launch.strategy"
             )
-        only_sharded = [key for key in ("cpu_offload", "mixed_precision") if getattr(launch, key) not in (False, "no")]
+        only_sharded = ["cpu_offload"] if launch.cpu_offload else []
         only_sharded += [] if launch.reshard_after_forward else ["reshard_after_forward"]
         if only_sharded and launch.strategy != "fsdp":
             yield (
@@ -812,10 +818,9 @@ class PipelineConfig(Section):
                 "base.quant_storage is 'uint8', which FSDP leaves whole on every GPU;"
                 " set base.quant_storage=bfloat16, or remove it"
             )
-        gathered = {"bf16": "bfloat16", "fp16": "float16"}.get(launch.mixed_precision)
-        stored = base.dtype if base.quant_storage == "auto" else base.quant_storage
-        if gathered is not None and stored not in ("auto", gathered) and base.quantization == "nf4":
+        named = {"bf16": "bfloat16", "fp16": "float16"}.get(launch.mixed_precision)
+        if named is not None and base.dtype not in ("auto", named):
             yield (
-                f"launch.mixed_precision is '{launch.mixed_precision}', which would convert packed weights kept as"
-                f" {stored}; set base.quant_storage={gathered}"
+                f"launch.mixed_precision is '{launch.mixed_precision}', but the base computes in what base.dtype says,"
+                f" '{base.dtype}'; set base.dtype={named}, or launch.mixed_precision=no"
             )

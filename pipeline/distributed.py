@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import random
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import numpy
@@ -18,6 +20,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+
+from pipeline.errors import LostProcessError
+from pipeline.memory import is_out_of_memory
 
 Item = TypeVar("Item")
 
@@ -98,6 +103,51 @@ class World:
     def wait(self) -> None:
         """Return when every process has come here."""
         self._state.wait_for_everyone()
+
+
+def this_device() -> torch.device:
+    """The kind of device that a process of a stage has here; asking starts nothing."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def meet(seconds: float) -> None:
+    """Join the other processes of the stage, if it has any. From then on each waits for another one only so long.
+
+    Args:
+        seconds: how long, here and whenever something takes all processes. Of NCCL it is the watchdog's time.
+
+    Raises:
+        LostProcessError: not all have come.
+    """
+    try:
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=seconds))
+    except dist.DistError as error:
+        raise LostProcessError(
+            f"not all processes of the stage have come within {seconds:g} s: {_first_line(error)}", remedy=_TOGETHER
+        ) from error
+
+
+def as_lost_process(error: Exception) -> LostProcessError | None:
+    """What an error says of another process, if it came up in an operation that takes all of them; None otherwise."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or is_out_of_memory(error):
+        return None
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    if not isinstance(error, RuntimeError) or not last.startswith(os.path.dirname(dist.__file__)):
+        return None
+    return LostProcessError(
+        f"another process of the stage has ended, or did not take part in time: {_first_line(error)}",
+        remedy=f"What happened to it stands in the logs of the other machines, or above. {_TOGETHER}",
+    )
+
+
+_TOGETHER = (
+    "The same command goes on from the last checkpoint: on several machines run it on each, with its own"
+    " launch.machine_rank. Raise launch.timeout if they may take longer."
+)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:

@@ -81,6 +81,10 @@ class StageFailedError(TrivetError, RuntimeError):
     """A stage's process ended with an error; the message holds the last lines of its log."""
 
 
+class LostProcessError(TrivetError, RuntimeError):
+    """Another process of the stage, here or on another machine, did not come, has ended, or does not take part."""
+
+
 class StageInterruptedError(StageFailedError):
     """A stage was asked to stop and did, where the same command can go on."""
 

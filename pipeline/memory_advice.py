@@ -136,6 +136,8 @@ def _proposals(config: PipelineConfig, card: Card) -> Iterator[Change]:
     for name in (*stages, "ppo"):
         if not getattr(config, name).gradient_checkpointing:
             yield Change({f"{name}.gradient_checkpointing": True}, "about a third more time")
+    if card.is_gpu and "8bit" not in ppo.optimizer:
+        yield Change({"ppo.optimizer": "paged_adamw_8bit"}, "PPO's moments in 8 bits: PPO runs anew")
     if config.base.quantization == "nf4" and not config.base.double_quantization:
         yield Change({"base.double_quantization": True}, "another base: all stages run anew")
     if config.base.quantization != "nf4":

@@ -537,7 +537,7 @@ class _Reckoning:
         )
         return StagePlan(
             "ppo",
-            self.static(adapters, trainable, "adamw", gradients=1),
+            self.static(adapters, trainable, ppo.optimizer, gradients=1),
             moments,
             self.host,
         )

@@ -8,7 +8,7 @@ RUN/
   pairs/NAME/         a reward model's scores of a further file of pairs
   summary.json        the figures of all stages
   report.html         all of this for people
-  logs/STAGE.log      what the stage printed
+  logs/STAGE.log      what the stage printed, on another machine than the first in STAGE.machineN.log
   metrics/STAGE.jsonl a line of metrics a step
   working/STAGE/      what an unfinished stage keeps: checkpoints, samples
   locks/STAGE         held by the process that works on the stage, and shared by those that read its result
@@ -210,9 +210,9 @@ class RunDirectory:
         """Folder of what an unfinished stage keeps, such as checkpoints."""
         return self.root / "working" / name
 
-    def log(self, name: StageName) -> Path:
-        """What the stage printed."""
-        return self.root / "logs" / f"{name}.log"
+    def log(self, name: StageName, machine: int = 0) -> Path:
+        """What the stage printed on a machine; lines that several append over a network would mix."""
+        return self.root / "logs" / (f"{name}.machine{machine}.log" if machine else f"{name}.log")
 
     def metrics(self, name: StageName) -> Path:
         """A JSON line a step."""

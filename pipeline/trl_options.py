@@ -204,6 +204,8 @@ def _build(kind: Any, stage: TrainerStage, options: dict[str, Any]) -> Any:
         arguments = kind(**options)
         # A process uses one GPU, however many it sees; TRL would refuse to start.
         arguments._n_gpu = min(1, arguments.n_gpu)
+        # Read from the launcher, which would round what the adapters compute: see `require_agreed_dtype`.
+        arguments.mixed_precision = "no"
         return arguments
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(

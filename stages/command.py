@@ -68,8 +68,8 @@ def stage_main(stage: StageName, run: Run, argv: Sequence[str] | None = None) ->
         say(str(stopped))
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        leave_message(error)
         traceback.print_exc()
+        leave_message(_seen_from_here(error))
         sys.exit(1)
     sys.exit(0)
 
@@ -111,12 +111,44 @@ def _run_unless_current(stage: StageName, run: Run, loaded: LoadedConfig, *, for
             return
         require_trackers(loaded.config)
         require_lengths_that_fit(loaded.config, [stage])
+        _heed_launcher(loaded)
         say(f"{stage}: starting; {'run again on demand' if manifest is not None else reason}.")
         finished = run(loaded, directory)
         say(
             f"{stage}: finished in {duration(finished.seconds)}, peak memory {megabytes(finished.peak_memory_bytes)},"
             f" result in {directory.stage(stage)}."
         )
+
+
+def _heed_launcher(loaded: LoadedConfig) -> None:
+    """Meet the other processes, where a launcher has started some; refuse an arithmetic that it asks for in vain.
+
+    Raises:
+        LostProcessError: not all processes have come.
+        ConfigError: the base computes in another arithmetic.
+    """
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        from pipeline.base_model import require_agreed_dtype
+        from pipeline.distributed import this_device
+
+        require_agreed_dtype(loaded.config.base, this_device(), precision)
+    if _is_one_of_several():
+        from pipeline.distributed import meet
+
+        meet(loaded.config.launch.timeout)
+
+
+def _is_one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _seen_from_here(error: Exception) -> Exception:
+    """The error, or what it says of another process that this one has waited for."""
+    if not _is_one_of_several():
+        return error
+    from pipeline.distributed import as_lost_process
+
+    return as_lost_process(error) or error
 
 
 @contextlib.contextmanager

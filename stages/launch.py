@@ -33,7 +33,7 @@ from pipeline.cards import has_accelerator, visible_gpus
 from pipeline.config import LaunchSettings
 from pipeline.config_file import LoadedConfig
 from pipeline.disk import writing
-from pipeline.errors import ConfigError, StageFailedError, StageInterruptedError
+from pipeline.errors import ConfigError, LostProcessError, StageFailedError, StageInterruptedError
 from pipeline.progress import FORMAT_VARIABLE, ProgressUpdate, parse_machine_line
 from pipeline.run_directory import RunDirectory, StageName
 from stages.device_lock import device_lock
@@ -72,6 +72,8 @@ SOURCE_ROOT = Path(__file__).resolve().parent.parent
 _SUPERVISOR = Path(__file__).resolve().with_name("supervisor.py")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f]")
 _LAUNCHER_REPORT = re.compile(r"torch/distributed/elastic/multiprocessing/api\.py:\d+\] failed \(exitcode")
+# What torchrun's own process ends with where it does not reach, or no longer reaches, that of another machine.
+_APART = re.compile(r"torch\.distributed\.(Dist\w*Error: .*)")
 _FOREIGN_BAR = re.compile(r"\d+%\|.*\|.*\d+/\d+|\d+it \[")
 # bitsandbytes on a CPU, about an optional package.
 _CHATTER = re.compile(r"^Failed to load CPU gemm_4bit_forward")
@@ -134,7 +136,7 @@ def ensure_stage(
             loaded.path,
             loaded.overrides,
             launch,
-            run.log(stage),
+            run.log(stage, launch.machine_rank),
             force=force,
             on_line=on_line,
             on_progress=on_progress,
@@ -285,6 +287,8 @@ def _accelerate_command(launch: LaunchSettings, scratch: Path, stage: StageName)
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", config_file),
         *("--num_cpu_threads_per_process", str(_threads(launch, stage))),
+        # How long machines wait for each other before any process starts. Accelerate's files have no key for it.
+        *("--rdzv_conf", f"timeout={math.ceil(launch.timeout)}"),
     ]
 
 
@@ -482,7 +486,7 @@ class StageProcessError(StageFailedError):
 
 
 class StageDiedError(StageProcessError):
-    """A stage's process ended without a word, as if killed from outside. Started again, it resumes."""
+    """A stage's process ended without a word, as if killed from outside, or misses one. Started again, it resumes."""
 
 
 def _rebuild(
@@ -523,10 +527,20 @@ def _failure(
         if told["kind"] == StageInterruptedError.__name__:
             return StageInterruptedError(told["problem"], where=told["where"], remedy=told["remedy"])
         out_of_memory = told["kind"] in ("OutOfMemoryError", "MemoryError")
-        return StageProcessError(
+        failed = StageDiedError if told["kind"] == LostProcessError.__name__ else StageProcessError
+        return failed(
             f"the {stage} stage failed: {told['problem']}",
             where=told["where"],
             remedy=told["remedy"] or (_LESS_MEMORY[stage] if out_of_memory else whole_log),
+            last_lines=last_lines,
+        )
+    if apart := [found[1] for line in last_lines if (found := _APART.match(line))]:
+        return StageDiedError(
+            f"the machines of the {stage} stage have not come together, or one of them is gone: {apart[-1]}",
+            where="launch.machines",
+            remedy="Run the same command on each machine with its own launch.machine_rank, the others no more than"
+            " launch.timeout seconds after the first; launch.main_address and launch.main_port must lead to machine 0."
+            f" {whole_log}",
             last_lines=last_lines,
         )
     if not killed and any("Traceback (most recent call last)" in line for line in last_lines):

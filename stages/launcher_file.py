@@ -48,6 +48,7 @@ class Launcher:
     """How processes start: on `machines` machines `processes` each, sharing the model as `kind` says.
 
     For FSDP, `offload` keeps shares in main memory, and `reshard` gives a layer up after its forward pass.
+    `mixed_precision` is Accelerate's word for what the base computes in.
     """
 
     kind: Kind
@@ -56,6 +57,7 @@ class Launcher:
     where: str
     offload: bool = False
     reshard: bool = True
+    mixed_precision: Any = "no"
 
     @property
     def world_size(self) -> int:
@@ -116,11 +118,18 @@ def read_launcher_file(path: str | Path) -> Launcher:
         fsdp = settings.get("fsdp_config") or {}
         offload = _is_on(fsdp.get("fsdp_offload_params", False))
         reshard = _is_on(fsdp.get("fsdp_reshard_after_forward", True))
+        precision = _word(settings.get("mixed_precision"))
     except (OSError, ValueError, TypeError, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(
             f"it is no Accelerate config: {str(error).splitlines()[0]}", where=where, remedy=_MAKE_ONE
         ) from None
-    return Launcher(kind, max(1, processes), machines, where, offload and kind == "fsdp", reshard or kind != "fsdp")
+    offload, reshard = offload and kind == "fsdp", reshard or kind != "fsdp"
+    return Launcher(kind, max(1, processes), machines, where, offload, reshard, precision)
+
+
+def _word(precision: Any) -> str:
+    """Accelerate's `mixed_precision`; YAML reads an unquoted `no` as False."""
+    return str(precision).lower() if precision else "no"
 
 
 def _is_on(value: Any) -> bool:
@@ -193,7 +202,8 @@ def require_launchable(config: PipelineConfig, stages: Sequence[str]) -> Launche
     else:
         launch, _ = resolve(config)
         kind = _SHARDING["none" if launch.world_size == 1 else "fsdp" if launch.strategy == "fsdp" else "ddp"]
-        launcher = Launcher(kind, launch.processes, launch.machines, "launch")
+        precision = launch.mixed_precision
+        launcher = Launcher(kind, launch.processes, launch.machines, "launch", mixed_precision=precision)
     _require_gpus(launcher)
     _require_agreement(config, launcher)
     unable = [stage for stage in stages if stage not in ABLE[launcher.kind]]
@@ -221,7 +231,11 @@ def _require_agreement(config: PipelineConfig, launcher: Launcher) -> None:
     """The section's own settings are checked with the config; what a file or `auto` comes to is known only here."""
     strategy = launcher.kind if launcher.kind in ("ddp", "fsdp") and launcher.world_size > 1 else "auto"
     as_section = LaunchSettings.model_construct(
-        processes=launcher.processes, machines=launcher.machines, main_address="machine-0", strategy=strategy
+        processes=launcher.processes,
+        machines=launcher.machines,
+        main_address="machine-0",
+        strategy=strategy,
+        mixed_precision=launcher.mixed_precision,
     )
     other = config.model_copy(update={"launch": as_section})
     known = set(config.contradictions())

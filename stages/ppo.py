@@ -16,12 +16,13 @@ Left out: the pretraining mix (PPO-ptx), the entropy bonus, and sharing one sequ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import bitsandbytes
 import torch
 from torch import nn
 
@@ -343,7 +344,15 @@ def make_optimizer(roles: Roles, ppo: PPOSettings) -> torch.optim.Optimizer:
         {"params": list(roles.parameters("policy").values()), "peak": ppo.learning_rate},
         {"params": list(roles.parameters("value").values()), "peak": ppo.critic_learning_rate or ppo.learning_rate},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=ppo.adam_betas, eps=ppo.adam_epsilon, weight_decay=0.0)
+    kind = _OPTIMIZERS[ppo.optimizer]
+    return kind(groups, lr=0.0, betas=ppo.adam_betas, eps=ppo.adam_epsilon, weight_decay=0.0)
+
+
+_OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "paged_adamw": bitsandbytes.optim.PagedAdamW,
+    "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+}
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, ppo: PPOSettings, iteration: int) -> None:

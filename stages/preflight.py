@@ -70,11 +70,11 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
         TrivetError: the first fault; its kind says whether config, base, data or a function is to blame.
     """
     from pipeline.base_files import load_tokenizer
-    from pipeline.base_model import base_identity
+    from pipeline.base_model import base_identity, require_agreed_dtype
     from pipeline.chat import ChatFormat
     from pipeline.data_report import warnings
     from pipeline.datasets import load_instructions, load_preferences, load_prompts
-    from pipeline.distributed import World
+    from pipeline.distributed import World, this_device
     from pipeline.engines import require_engine
     from pipeline.rewards import RewardFunction, RewardSum
     from pipeline.trackers import require_trackers
@@ -82,7 +82,8 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
     from stages.judges import require_judges
 
     config = loaded.config
-    require_launchable(config, stages)
+    launcher = require_launchable(config, stages)
+    require_agreed_dtype(config.base, this_device(), launcher.mixed_precision)
     require_trackers(config)
     require_lengths_that_fit(config, stages)
     check_trl_options(config)

@@ -29,9 +29,9 @@ def measure_held_out(
     """Score the policy on held-out prompts, which are answered with the same seeds every time.
 
     Args:
-        prompts: all held-out prompts; the last `ppo.held_out.prompts` of them are used, as far as the processes
-            share them evenly. The evaluation takes the first ones, so that where there are enough of them it judges
-            on prompts that nothing was chosen by.
+        prompts: all held-out prompts, at least as many as processes; the last `ppo.held_out.prompts` of them are
+            used. The evaluation takes the first ones, so that where there are enough of them it judges on prompts
+            that nothing was chosen by.
 
     Returns:
         means over responses: `held_out/score` (as PPO's objective/score), `held_out/kl` from the reference in nats,
@@ -42,7 +42,9 @@ def measure_held_out(
         Interrupted: the stage was asked to stop.
     """
     few = prompts[-ppo.held_out.prompts :]
-    mine = world.share(few[: len(few) - len(few) % world.size])
+    # As many in every process, since they may pass in step; what is answered to fill up the last ones does not count.
+    mine = world.share([*few, *few[: -len(few) % world.size]])
+    counted = min(len(mine), len(few) - world.rank * len(mine))
     found = sample(roles, mine, seed=(seed, "held out"), world=world, budgets=budgets, sampling=sampling_settings(ppo))
     judged = judge(roles, rewards, mine, found, ppo, world)
 
@@ -56,7 +58,7 @@ def measure_held_out(
     kl = [float(kl_k1(ours, theirs).sum()) for ours, theirs in pairs]
     lengths = [len(episode.response) for episode in found.episodes]
     rows = [judged.scores_B.tolist(), kl, lengths]
-    sums = world.sum(torch.tensor([sum(row) for row in rows] + [len(mine)], dtype=torch.float64))
+    sums = world.sum(torch.tensor([sum(row[:counted]) for row in rows] + [counted], dtype=torch.float64))
     require_finite(sums, "score or KL of the answers to held-out prompts", where="ppo")
     score, divergence, length, count = sums.tolist()
     return {

@@ -7,7 +7,7 @@ in the very bytes of one that was never interrupted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -253,12 +253,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         if (folder / _BEST).exists():
             self._best = load_file(folder / _BEST)
         processes = load_tree(folder / _PROCESSES)
+        mine = processes[self.world.rank % len(processes)]
         if len(processes) != self.world.size:
             say(
-                f"warning: the checkpoint is of {len(processes)} processes, this run has {self.world.size};"
-                " the result may differ from that of a run without an interruption"
+                f"The checkpoint is of {len(processes)} process(es), this run has {self.world.size}: the same rows"
+                " follow, sums are rounded in another way, and dropout, if there is any, is drawn otherwise."
             )
-        mine = processes[self.world.rank % len(processes)]
+            mine = mine | shared_anew(processes, self.world.rank, self.world.size)
         self._loss_sum, self._loss_steps = mine["loss"]
         if self.shards is None:  # or a process would make more passes than the others
             self._budget.size = min(self._budget.size, mine["microbatch_size"])
@@ -292,6 +293,29 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         learning = self.learning()
         for name, tensor in tensors.items():
             learning[name].copy_(tensor)
+
+
+def shared_anew(processes: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
+    """What is being summed up for a line of metrics, for one of another number of processes.
+
+    Args:
+        processes: what each of those kept that wrote the checkpoint.
+        rank: of the one to keep its part.
+        size: how many there are now; all parts together make the same means and the same number of tokens.
+    """
+    figures = {}
+    for name in processes[0]["figures"]:
+        values = [value for each in processes for value in each["figures"].get(name, ())]
+        if values:
+            figures[name] = [sum(values) / len(values)] * max(1, round(len(values) / size))
+    tokens = int(sum(each["tokens"] for each in processes))
+    losses = [each["loss"] for each in processes]
+    return {
+        "figures": figures,
+        "tokens": tokens // size + (rank < tokens % size),
+        "loss": (sum(total for total, _ in losses) / len(losses), losses[0][1]),
+        "microbatch_size": min(each["microbatch_size"] for each in processes),
+    }
 
 
 @contextmanager

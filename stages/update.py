@@ -214,7 +214,7 @@ class Updater:
         return step
 
     def _move(self) -> None:
-        """The optimizer's step. The first one allocates its state; nothing has been changed where that fails.
+        """The optimizer's step. The first one allocates its state.
 
         Raises:
             OutOfMemoryError: there is no room for it.
@@ -226,10 +226,11 @@ class Updater:
                 raise
             count = sum(parameter.numel() for group in self._optimizer.param_groups for parameter in group["params"])
             raise OutOfMemoryError(
-                f"memory runs out for the optimizer's state: two float32 numbers for each of {count:,} that learn,"
-                f" {megabytes(8 * count)}",
+                f"memory runs out for the optimizer's state: two numbers for each of {count:,} that learn,"
+                f" {megabytes(8 * count)} in float32",
                 where="ppo",
-                remedy="Halve lora.rank, which halves that; or set ppo.critic=head, base.quantization=nf4.",
+                remedy="Set ppo.optimizer=paged_adamw_8bit, or ppo.critic=head, base.quantization=nf4; or halve"
+                " lora.rank, which halves that.",
             ) from None
 
     def _backward(

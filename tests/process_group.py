@@ -12,14 +12,18 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 def run_together(
     *arguments: str | Path, processes: int = 2, seconds: float = 300.0, variables: Mapping[str, str] | None = None
 ) -> None:
     """Start Python with these arguments once a process, and wait until all have ended well."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     running = [

@@ -46,9 +46,12 @@ Two processes without quantization and sharing are the business of `test_trl_pro
 """
 STOPPED = ("sft", "reward")
 """Stages that two processes begin with a shared-out base, and one process ends."""
-# Nothing but the adapter: a merged copy would gather the base by itself. Batches of 3 of 8 prompts leave a process
-# without a batch at the end.
-SETTINGS = ("ppo.rollout.weights=adapter", "evaluate.batch_size=3", "ppo.gradient_checkpointing=true")
+# Nothing but the adapter: a merged copy would gather the base by itself. Batches of 3 of 7 prompts leave a process
+# without a batch at the end, and the last batch smaller than the others.
+SETTINGS = (
+    *("ppo.rollout.weights=adapter", "ppo.gradient_checkpointing=true"),
+    *("evaluate.prompts=7", "evaluate.batch_size=3"),
+)
 
 
 def config(folder: Path, quantization: str, kind: str) -> LoadedConfig:

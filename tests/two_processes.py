@@ -29,7 +29,11 @@ from stages.interruption import Interrupted
 from stages.round_metrics import round_metrics
 from stages.update import Updater
 
-SETTINGS = ("base.quantization=none", "launch.processes=2", "ppo.checkpoint_every=1", "evaluate.batch_size=3")
+# Eleven held-out prompts, of which the evaluation takes seven: neither is a multiple of the processes.
+SETTINGS = (
+    *("base.quantization=none", "launch.processes=2", "ppo.checkpoint_every=1", "data.prompts.held_out=0.3"),
+    *("evaluate.prompts=7", "evaluate.batch_size=3"),
+)
 
 
 def given_responses(roles: Any, role: Any, prompt_ids: Any, sampling: Any, **_: Any) -> list[Response]:

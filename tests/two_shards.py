@@ -38,7 +38,8 @@ RUNS = {
 """Ways to sample, as settings; each on a base that two processes share out, and on one process's own."""
 VARIABLES = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` sets for FSDP2, of what matters here."""
-SETTINGS = ("ppo.checkpoint_every=1", "ppo.microbatch_tokens=60")
+SETTINGS = ("ppo.checkpoint_every=1", "ppo.microbatch_tokens=60", "data.prompts.held_out=0.3")
+"""Eleven held-out prompts: no multiple of the processes."""
 
 
 def made_up_roles(folder: Path, quantization: str, world: World | None) -> Roles:

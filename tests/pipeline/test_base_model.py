@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import base_files, quantized_cache
 from pipeline.base_files import load_tokenizer
-from pipeline.base_model import compute_dtype, fingerprint, load_base
+from pipeline.base_model import compute_dtype, fingerprint, load_base, require_agreed_dtype
 from pipeline.base_source import locate
 from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
-from pipeline.errors import BaseModelError
+from pipeline.errors import BaseModelError, ConfigError
 from pipeline.records import Message
 
 IDS_BL = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -102,6 +102,21 @@ def test_dtypes_follow_the_setting_and_auto_follows_the_device(monkeypatch):
     for supported, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
         assert compute_dtype(settings("/x", dtype="auto"), cpu) == wanted
+
+
+def test_an_arithmetic_that_only_the_launcher_asks_for_is_refused(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for dtype, precision in (("float32", "no"), ("auto", "no"), ("auto", "bf16"), ("bfloat16", "bf16")):
+        require_agreed_dtype(settings("/x", dtype=dtype), cpu, precision)
+    require_agreed_dtype(settings("/x", dtype="float16"), cpu, "fp16")
+    with pytest.raises(ConfigError, match=r"'bf16', but the base computes in float32 here\n  -> Set base.dtype=bfl"):
+        require_agreed_dtype(settings("/x", dtype="float32"), cpu, "bf16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(ConfigError, match=r"computes in float32 here \(base.dtype=auto\)"):
+        require_agreed_dtype(settings("/x", dtype="auto"), cpu, "bf16")
+    with pytest.raises(ConfigError, match="Choose one with"):
+        require_agreed_dtype(settings("/x"), cpu, "fp8")
 
 
 # ---- the fingerprint

@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.checkpoint import STATE, CheckpointFolder, load_optimizer, optimizer_tensors
 from pipeline.tensor_tree import save_tensors
+from stages.ppo import _OPTIMIZERS
 
 
 def write(content: str):
@@ -117,24 +118,39 @@ def test_a_step_can_be_written_again(folder):
     assert found.state == {"again": True} and (found.folder / "tensors.bin").read_text() == "step 6, again"
 
 
-def test_an_optimizer_goes_on_bit_for_bit(tmp_path):
+DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+SIZE = (512, 256)
+"""Large enough for bitsandbytes to page its state and to round it."""
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw", "paged_adamw_8bit"])
+def test_an_optimizer_goes_on_bit_for_bit(tmp_path, kind, device):
     def made() -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         torch.manual_seed(0)
-        named = {"a.weight": nn.Parameter(torch.randn(3, 2)), "still": nn.Parameter(torch.ones(2))}
-        return named, torch.optim.AdamW(named.values(), lr=0.1, betas=(0.9, 0.95))
+        tensors = {"a.weight": torch.randn(SIZE), "still": torch.ones(2)}
+        named = {name: nn.Parameter(tensor.to(device)) for name, tensor in tensors.items()}
+        return named, _OPTIMIZERS[kind](list(named.values()), lr=0.1, betas=(0.9, 0.95))
 
     def step(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
-        named["a.weight"].grad = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))
+        named["a.weight"].grad = torch.randn(SIZE, generator=torch.Generator().manual_seed(seed)).to(device)
         optimizer.step()
 
     named, optimizer = made()
     for seed in range(3):
         step(named, optimizer, seed)
-    save_tensors(optimizer_tensors(optimizer, named), tmp_path / "optimizer.safetensors")
+    copies = {name: tensor.cpu().clone() for name, tensor in optimizer_tensors(optimizer, named).items()}
+    save_tensors(copies, tmp_path / "optimizer.safetensors")
     resumed, resumed_optimizer = made()
     with torch.no_grad():
         resumed["a.weight"].copy_(named["a.weight"])
     load_optimizer(tmp_path / "optimizer.safetensors", resumed_optimizer, resumed)
+    kept, found = (each.state[names["a.weight"]] for each, names in ((optimizer, named), (resumed_optimizer, resumed)))
+    assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in kept.items()}
+    if kind != "adamw":
+        paged = [getattr(state["state1"], "is_paged", False) for state in (kept, found)]
+        assert paged == [device.type == "cuda"] * 2
+        assert found["state1"].dtype == (torch.uint8 if kind.endswith("8bit") else torch.float32)
     for seed in range(3, 6):
         step(named, optimizer, seed)
         step(resumed, resumed_optimizer, seed)

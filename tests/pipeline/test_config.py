@@ -200,20 +200,11 @@ def test_numbers_and_merged_groups_are_read_as_people_write_them(tmp_path: Path)
         (["launch.strategy=fsdp"], "there is one process; set launch.processes"),
         (["launch.cpu_offload=true"], "launch.cpu_offload is for FSDP alone"),
         (["launch.reshard_after_forward=false"], "launch.reshard_after_forward is for FSDP alone"),
-        (
-            ["launch.strategy=ddp", "launch.processes=2", "launch.mixed_precision=bf16", *EVEN],
-            "set launch.strategy=fsdp",
-        ),
+        (["launch.mixed_precision=bf16", "base.dtype=float16"], "'float16'; set base.dtype=bfloat16"),
+        (["launch.mixed_precision=fp16", "base.dtype=float32"], "'float32'; set base.dtype=float16"),
         (["launch.strategy=fsdp", "launch.processes=2", "base.quantization=int8", *EVEN], "or launch.strategy=ddp"),
         (["base.quantization=none", "base.quant_storage=bfloat16"], "base.quant_storage is set"),
         (["launch.strategy=fsdp", "launch.processes=2", "base.quant_storage=uint8", *EVEN], "FSDP leaves whole"),
-        (
-            [
-                *("launch.strategy=fsdp", "launch.processes=2", "launch.mixed_precision=bf16"),
-                *("base.quant_storage=float16", *EVEN),
-            ],
-            "set base.quant_storage=bfloat16",
-        ),
         (["launch.machines=3", "launch.main_address=a"], "launch.processes x launch.machines = 4 x 3 = 12"),
         (["data.preferences.sources=[{path: a.jsonl, weight: 1}, b.jsonl]"], "give all of them one, or none"),
         (
@@ -281,7 +272,9 @@ def test_every_contradiction_has_a_test() -> None:
         ["ppo.rewards=[{function: 'a.py:f'}, {function: 'b.py:g', weight: -1}]"],
         ["data.preferences.sources=[{path: a.jsonl, weight: 1}, {path: b.jsonl, weight: 3}]"],
         ["launch.processes=4"],
-        ["launch.processes=2", "launch.strategy=fsdp", "launch.mixed_precision=bf16", "launch.cpu_offload=true", *EVEN],
+        ["launch.processes=2", "launch.strategy=fsdp", "launch.cpu_offload=true", *EVEN],
+        ["launch.mixed_precision=bf16"],
+        ["launch.mixed_precision=bf16", "base.dtype=bfloat16"],
         ["launch.machines=2", "launch.machine_rank=1", "launch.main_address=node0", *EVEN],
     ],
 )

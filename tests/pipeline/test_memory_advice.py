@@ -9,7 +9,7 @@ import pytest
 from pipeline.cards import CARDS, Card
 from pipeline.config import PipelineConfig
 from pipeline.memory_advice import changed, choose_strategy, device_of, judge
-from pipeline.memory_plan import fits, plan_stages
+from pipeline.memory_plan import device_bytes, fits, plan_stages
 from pipeline.model_shape import PUBLIC_SHAPES
 
 SMALL, LARGE = PUBLIC_SHAPES["meta-llama/Llama-3.1-8B"], PUBLIC_SHAPES["meta-llama/Llama-3.1-70B"]
@@ -89,3 +89,17 @@ def test_what_is_proposed_does_make_it_fit_and_nothing_of_it_can_be_left_out(sha
         plans = plan_stages(better, shape, device_of(better, chosen, strategy))
         fitting = all(fits(plan, chosen) for plan in plans.values())
         assert fitting == (left_out is None and verdict.changes is not None)
+
+
+def test_moments_are_rounded_where_no_smaller_batch_is_left() -> None:
+    settings = config(
+        **TIGHT
+        | {
+            "ppo": {"microbatch_tokens": 640, "rollout": {"batch_size": 1, "weights": "adapter"}},
+            "evaluate": {"batch_size": 1},
+        }
+    )
+    plan = plan_stages(settings, SMALL, device_of(settings, CARDS["H200"], "none"))["ppo"]
+    verdict = judge(settings, SMALL, Card("tight", device_bytes(plan) - 100 * 2**20))
+    assert verdict.changes is not None
+    assert [dict(change.settings) for change in verdict.changes] == [{"ppo.optimizer": "paged_adamw_8bit"}]

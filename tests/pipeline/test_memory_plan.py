@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from tiny import tiny_tokenizer
@@ -210,6 +211,17 @@ def test_adapters_gradients_and_optimizer_are_counted_to_the_byte(tmp_path: Path
     assert sum(moment.nbytes for moment in moments) == optimizer_bytes(shape.adapter_parameters(RANK), "adamw")
 
 
+@pytest.mark.parametrize("kind", ["PagedAdamW", "PagedAdamW8bit"])
+def test_the_state_of_a_paged_optimizer_is_counted_to_the_byte(kind: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(16, 4096))
+    weight.grad = torch.ones_like(weight)
+    optimizer = getattr(bitsandbytes.optim, kind)([weight])
+    optimizer.step()
+    state = optimizer.state[weight]
+    own = [value for name, value in state.items() if isinstance(value, torch.Tensor) and not name.startswith("qmap")]
+    assert sum(value.nbytes for value in own) == optimizer_bytes(weight.numel(), kind.lower())
+
+
 # ---- whole plans
 
 
@@ -241,6 +253,12 @@ def test_less_is_less() -> None:
         more = plans(config(**change))
         assert {name for name in base if more[name].tensor_bytes > base[name].tensor_bytes} >= set(stages), change
     assert plans(config(ppo={"critic": "head"}))["ppo"].tensor_bytes < base["ppo"].tensor_bytes
+
+
+def test_ppo_keeps_the_moments_that_its_optimizer_keeps() -> None:
+    whole = plans(config())["ppo"].static["optimizer"]
+    assert plans(config(ppo={"optimizer": "paged_adamw"}))["ppo"].static["optimizer"] == whole
+    assert 0.25 < plans(config(ppo={"optimizer": "paged_adamw_8bit"}))["ppo"].static["optimizer"] / whole < 0.26
 
 
 def test_fsdp_shares_the_layers_and_nothing_else() -> None:

@@ -71,6 +71,13 @@ def test_the_processes_that_there_are_must_share_a_batch_evenly(
         reward_arguments(config(reward={"batch_size": 16, "microbatch_size": 4}), tmp_path)
 
 
+def test_a_launcher_does_not_round_what_the_adapters_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would take this for autocast, which no other stage has."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for arguments in (sft_arguments(config(), tmp_path), reward_arguments(config(), tmp_path)):
+        assert arguments.mixed_precision == "no"
+
+
 def test_a_constant_rate_warms_up_too(tmp_path: Path) -> None:
     arguments = sft_arguments(config(sft={"lr_schedule": "constant", "warmup_ratio": 1.0}), tmp_path)
     assert arguments.lr_scheduler_type.value == "constant_with_warmup"

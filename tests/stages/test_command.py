@@ -135,6 +135,16 @@ def test_an_error_of_ours_is_said_without_a_traceback(tmp_path: Path, capfd: pyt
     assert capfd.readouterr().err == "a.jsonl: no rows\n  -> Add some.\n"
 
 
+def test_an_arithmetic_that_the_launcher_alone_asks_for_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, stage = light_config(tmp_path), Stage()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert main(stage, config, "base.dtype=float32") == 2 and stage.runs == 0
+    assert "'fp16', but the base computes in float32 here" in capfd.readouterr().err
+    assert main(stage, config, "base.dtype=float16") == 0 and stage.runs == 1
+
+
 def test_a_bad_config_is_such_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(Stage(), light_config(tmp_path), "sft.epoch=3") == 2
     assert "did you mean 'epochs'?" in capfd.readouterr().err

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from finished_stages import light_config
 
 from pipeline.config import LaunchSettings
@@ -174,7 +173,7 @@ def test_a_silent_death_suggests_memory(tmp_path: Path, stage_module: Callable[[
 
 
 def test_the_stages_own_error_comes_first(tmp_path: Path, stage_module: Callable[[str], str]) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "base": {"model": "o/m"}}))
+    light_config(tmp_path)
     name = stage_module(
         """
         from pipeline.errors import DataError
@@ -203,7 +202,7 @@ def test_running_out_of_memory_names_the_setting(tmp_path: Path) -> None:
 
 
 def test_of_two_processes_the_killed_one_is_to_blame(tmp_path: Path, stage_module: Callable[[str], str]) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "base": {"model": "o/m"}}))
+    light_config(tmp_path)
     name = stage_module(
         """
         import os, signal

@@ -82,6 +82,21 @@ def test_a_file_says_where_shares_lie_and_how_long_layers_stay(tmp_path: Path) -
     assert read(fsdp_reshard_after_forward="SHARD_GRAD_OP") == (False, False)
 
 
+def test_a_file_and_the_base_must_agree_on_the_arithmetic(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    for word, found in (("bf16", "bf16"), ("no", "no"), ('"no"', "no"), ("null", "no"), ("FP16", "fp16")):
+        own.write_text(f"distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: {word}\n")
+        assert read_launcher_file(own).mixed_precision == found
+    for dtype, fault in (("float16", None), ("auto", None), ("float32", "'float32'; set base.dtype=float16")):
+        tree = config(accelerate_config=str(own)).model_dump(exclude_unset=True)
+        tree["base"]["dtype"] = dtype
+        if fault is None:
+            assert require_launchable(PipelineConfig.model_validate(tree), STAGES).mixed_precision == "fp16"
+            continue
+        with pytest.raises(ConfigError, match=f"own.yaml: .*{fault}"):
+            require_launchable(PipelineConfig.model_validate(tree), STAGES)
+
+
 def test_there_is_a_file_for_each_way() -> None:
     assert {path.stem for path in FILES} == {
         "one_gpu", "ddp", "fsdp2", "fsdp2_offload", "two_nodes", "deepspeed_zero2", "deepspeed_zero3",

@@ -20,6 +20,7 @@ FAULTS = [
     ("ppo.rewards=[{function: tiny_data.py:absent}]", RewardFunctionError, "absent"),
     ("reward.trl={no_such_option: 1}", ConfigError, "no_such_option"),
     ("launch.accelerate_config=nope.yaml", ConfigError, "nope.yaml"),
+    ("launch.accelerate_config=fp8.yaml", ConfigError, "mixed_precision 'fp8'"),
     ("base.chat_template=nope.jinja", BaseModelError, "nope.jinja"),
     ("data.preferences.sources=[nope.jsonl]", DataError, "nope.jsonl"),
     ("data.prompts.sources=[nope.jsonl]", DataError, "nope.jsonl"),
@@ -50,6 +51,7 @@ def test_a_stage_that_is_started_by_itself_refuses_them_too(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("override", "kind", "named"), FAULTS)
 def test_each_fault_is_named_by_its_own_kind_of_error(tmp_path, override, kind, named):
+    (tmp_path / "fp8.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: fp8\n")
     with pytest.raises(kind) as caught:
         check(tiny_config(tmp_path, override), STAGES)
     assert named in str(caught.value)

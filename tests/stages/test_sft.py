@@ -327,6 +327,17 @@ def test_bad_data_is_told_before_the_weights_are_loaded(tmp_path: Path, monkeypa
         run(loaded)
 
 
+def test_a_launchers_mixed_precision_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, though transformers would compute in what this variable says."""
+    adapters = []
+    for precision in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        loaded = tiny_config(tmp_path, "sft.max_steps=2", f"run_dir={tmp_path / precision}")
+        run(loaded)
+        adapters.append((tmp_path / precision / "sft" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
 def test_nothing_is_printed_but_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     loaded = tiny_config(tmp_path, "sft.max_steps=2", "sft.packing=true")
     capfd.readouterr()

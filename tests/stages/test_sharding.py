@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_config
 from tiny_ppo import publish_reward, publish_sft
 
+from pipeline.artifacts import read_manifest
 from pipeline.base_model import fingerprint
 from pipeline.config import BaseSettings
 from pipeline.distributed import World
@@ -113,6 +114,10 @@ def test_a_run_on_a_shared_out_base_gives_the_adapters_of_one_process(folder, na
     first, second = (json.loads((folder / f"rounds-{name}-{rank}.json").read_text()) for rank in (0, 1))
     assert rounds == [first[0] + second[0], first[1] + second[1]]
     two_shards.require_same_adapters(one, folder / name / "run" / "ppo")
+    # The last iteration's figures, of which the held-out ones come from prompts that two do not share evenly.
+    figures, wanted = (read_manifest(path).metrics for path in (folder / name / "run" / "ppo", one))
+    for figure in ("held_out/score", "held_out/kl", "held_out/length", "objective/score", "kl/policy_reference_k1"):
+        assert figures[figure] == pytest.approx(wanted[figure], rel=1e-3, abs=1e-4), figure
 
 
 def test_a_run_that_two_processes_began_is_ended_by_one(folder):

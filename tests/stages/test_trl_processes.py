@@ -23,7 +23,10 @@ def config(folder: Path, *overrides: str) -> LoadedConfig:
     # SGD without clipping: that, and Adam's first steps, would hide a wrong scale of the gradient.
     training = {"batch_size": 8, "microbatch_size": 2, "max_steps": 3, "learning_rate": 0.05, "optimizer": "sgd"}
     training |= {"max_length": 64, "log_every": 1, "max_grad_norm": 1e9}
-    return tiny_config(folder, *overrides, sft=training, reward=training | {"calibration_prompts": 8})
+    # Eleven held-out rows and nine prompts for the calibration: neither is a multiple of the processes.
+    sources = {"instructions": "demonstrations", "preferences": "comparisons", "prompts": "prompts"}
+    data = {kind: {"sources": [f"tiny_data.py:{name}"], "held_out": 0.3} for kind, name in sources.items()}
+    return tiny_config(folder, *overrides, data=data, sft=training, reward=training | {"calibration_prompts": 9})
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,7 @@ def test_two_processes_train_the_adapter_that_one_trains(runs: tuple[RunDirector
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_two_processes_write_one_result_with_the_same_figures(runs: tuple[RunDirectory, RunDirectory], stage) -> None:
     one, two = (read_manifest(run.stage(stage)).metrics for run in runs)
+    assert one["held_out_rows" if stage == "sft" else "held_out_pairs"] == 11
     assert two == pytest.approx(one, rel=1e-4) if stage == "sft" else set(two) == set(one)
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
     assert [row["step"] for row in read_metrics(runs[1].metrics(stage))] == [1, 2, 3]
