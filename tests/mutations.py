@@ -28,6 +28,7 @@ BASE, ARTIFACTS, RUN_DIRECTORY = (
 )
 RUN_LOCK, DISK = (f"tests/pipeline/test_{name}.py" for name in ("run_lock", "disk"))
 PPO, GATES, EVALUATE, PROCESSES = (f"tests/stages/test_{name}.py" for name in ("ppo", "gates", "evaluate", "processes"))
+DATASETS = "tests/pipeline/test_datasets.py"
 TRL_RESUME = "tests/stages/test_trl_resume.py"
 PARITY = "tests/parity/test_ppo_step.py"
 SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
@@ -1768,6 +1769,27 @@ TABLE = (
         "return [max(range(start, start + n)",
         "return [min(range(start, start + n)",
         ("tests/stages/test_judges.py::test_the_best_of_n_is_the_best_by_the_reward",),
+    ),
+    Mutation(
+        "data: a share of the rows is no part of their fingerprint",
+        "pipeline/datasets.py",
+        'content["fraction"] = data_set.fraction',
+        "pass",
+        (f"{DATASETS}::test_the_fingerprint_follows_what_the_records_follow_from",),
+    ),
+    Mutation(
+        "data: a share after a limit takes the rows with the smallest hashes again",
+        "pipeline/datasets.py",
+        'return _hash("fraction", item.content), item.row.number',
+        "return item.content, item.row.number",
+        (f"{DATASETS}::test_a_share_is_an_even_sample_of_every_source_after_a_limit_too",),
+    ),
+    Mutation(
+        "data: a share is taken of the held-out rows too",
+        "pipeline/datasets.py",
+        "kept = ordered[:count] + held\n",
+        "kept = ordered[:count] + held[:count]\n",
+        (f"{DATASETS}::test_a_smaller_share_lies_within_a_larger_one_and_the_held_out_rows_stay",),
     ),
     Mutation(
         "trackers: what an interrupted stage wrote beyond its checkpoint stays",
