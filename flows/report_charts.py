@@ -368,8 +368,8 @@ def learning_chart(curve: LearningCurve) -> Chart:
             Line("the longer answer wins", [(float(one.pairs), one.longer_wins.value) for one in points], "level", 6),
         ],
         "training pairs",
-        "Each bar is the 95% interval of one reward model; each distance to the right is a factor. Points are compared on"
-        " the same pairs, which tells smaller differences than the bars do.",
+        "Each bar is the 95% interval of one reward model; each distance to the right is a factor. Points are compared"
+        " on the same pairs, which tells smaller differences than the bars do.",
         (0.5, 1.0),
         log_x=True,
     )
