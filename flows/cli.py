@@ -233,6 +233,24 @@ def judge_pairs(
         judge(loaded, pairs, max_length, display)
 
 
+@app.command(name="learning-curve")
+def learning_curve(
+    config: Config,
+    overrides: Overrides = None,
+    fractions: Annotated[
+        str, typer.Option("--fractions", help="Shares of the training pairs, with commas between them.")
+    ] = "0.125,0.25,0.5,1",
+) -> None:
+    """Train the reward model on growing shares of the pairs: would more of them help? What is current is skipped."""
+    from flows.learning_curve import learning_curve as train
+    from flows.learning_curve import read_fractions
+
+    shares = read_fractions(fractions)
+    loaded = _load(config, overrides)
+    with _shown() as display:
+        train(loaded, shares, display)
+
+
 Who = Annotated[
     list[str] | None,
     typer.Option("--who", help="base, sft or policy. Default: the policy, or SFT before it is there."),

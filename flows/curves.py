@@ -52,7 +52,8 @@ class Chart:
     """Lines on common axes.
 
     `unit` is that of the values, `x` what the horizontal axis counts. `about` is a sentence for a reader who sees such
-    a chart for the first time. `include` are values that the vertical axis must reach.
+    a chart for the first time. `include` are values that the vertical axis must reach. With `log_x` the horizontal one
+    is logarithmic, and labelled where the points are.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Chart:
     x: str = "step"
     about: str = ""
     include: Sequence[float] = ()
+    log_x: bool = False
 
 
 def read_curves(metrics: Path, names: Sequence[str]) -> dict[str, Points]:
@@ -128,7 +130,8 @@ class _Axes:
 
     def x(self, step: float) -> float:
         """In pixels."""
-        return _LEFT + (self.right - _LEFT) * (step - self.first) / ((self.last - self.first) or 1.0)
+        first, here, last = (math.log(x) if self.chart.log_x else x for x in (self.first, step, self.last))
+        return _LEFT + (self.right - _LEFT) * (here - first) / ((last - first) or 1.0)
 
     def y(self, value: float) -> float:
         """In pixels, downwards."""
@@ -159,11 +162,24 @@ class _Axes:
         if self.last <= self.first:
             yield self.first, "start"
             return
+        if self.chart.log_x:
+            yield from self._steps_of_points()
+            return
         found = ticks(self.first, self.last)
         if all(float(x).is_integer() for line in self.chart.lines for x, _ in line.points):
             found = [tick for tick in found if float(tick).is_integer()]
         for tick in found:
             yield tick, "end" if self.x(tick) > self.right - 12 else "middle"
+
+    def _steps_of_points(self) -> Iterator[tuple[float, str]]:
+        """The places of the points, from the right, as far as there is room for their labels."""
+        free = math.inf
+        for step in sorted({x for line in self.chart.lines for x, _ in line.points}, reverse=True):
+            anchor = "end" if self.x(step) > self.right - 12 else "middle"
+            width = 6.5 * len(short(step)) + 6
+            if self.x(step) + (0 if anchor == "end" else width / 2) <= free:
+                yield step, anchor
+                free = self.x(step) - (width if anchor == "end" else width / 2)
 
     def _line(self, line: Line, points: Points) -> Iterator[str]:
         colour = f"c{line.colour}"
@@ -191,6 +207,7 @@ class _Axes:
             "x": self.chart.x,
             "box": [_LEFT, self.right, _TOP, self.bottom],
             "range": [self.first, self.last, self.low, self.high],
+            "log": self.chart.log_x,
             "nearest": "point" if any(line.kind in ("dots", "path") for line in self.chart.lines) else "step",
             "lines": [
                 {"name": line.name, "colour": line.colour, "points": [[_rounded(x), _rounded(y)] for x, y in points]}

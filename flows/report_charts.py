@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.curves import Chart, Line, Points, curve
+from pipeline.learning_curve import LearningCurve
 from pipeline.metrics import MetricsRow
 from pipeline.run_state import RunState
 from pipeline.scored_pairs import Bin, ScoredPair
@@ -348,6 +349,29 @@ def calibration_chart(bins: Sequence[Bin]) -> Chart:
         "how sure the reward model is",
         "Dots on the dashed line: it is right as often as it is sure. Below the line it is too sure of itself.",
         (0.5, 1.0),
+    )
+
+
+def learning_chart(curve: LearningCurve) -> Chart:
+    """Accuracy against the number of pairs that were learnt from; dashed, "the longer answer wins"."""
+    points = curve.points
+    return Chart(
+        "Accuracy by training pairs",
+        "share of held-out pairs",
+        [
+            Line(
+                "accuracy",
+                [(float(one.pairs), one.accuracy.value) for one in points],
+                "path",
+                ranges=[(one.accuracy.low, one.accuracy.high) for one in points],
+            ),
+            Line("the longer answer wins", [(float(one.pairs), one.longer_wins.value) for one in points], "level", 6),
+        ],
+        "training pairs",
+        "Each bar is the 95% interval of one reward model; each distance to the right is a factor. Points are compared"
+        " on the same pairs, which tells smaller differences than the bars do.",
+        (0.5, 1.0),
+        log_x=True,
     )
 
 

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from flows.curves import Chart
 from flows.gates import verdicts_on
 from flows.pipeline_picture import TITLES, pictures
-from flows.report_charts import calibration_chart, charts_of, compared, lead_chart, length_chart
+from flows.report_charts import calibration_chart, charts_of, compared, lead_chart, learning_chart, length_chart
 from flows.summary import figures_of
 from flows.verdict import Judgement, Verdict, as_estimate, judge_name, score_gap, verdict_of
 from pipeline import scored_pairs
@@ -128,7 +128,7 @@ class RunView:
     @cached_property
     def reward(self) -> RewardView | None:
         """What the reward page shows; None where nothing was scored."""
-        if not self.state.held_out and not self.state.judged:
+        if not self.state.held_out and not self.state.judged and self.state.curve is None:
             return None
         return RewardView(self.state)
 
@@ -226,6 +226,10 @@ class RewardView:
     def __init__(self, state: RunState) -> None:
         self.pairs: Sequence[ScoredPair] = state.held_out
         self.judged = [JudgedView(one) for one in state.judged]
+        self.curve = state.curve
+        self.curve_chart = None
+        if state.curve is not None and len(state.curve.points) > 1:
+            self.curve_chart = learning_chart(state.curve)
         if not self.pairs:
             return
         self.accuracy = scored_pairs.accuracy(self.pairs)

@@ -91,6 +91,9 @@ class DataSet(Section):
     """Where the rows come from. A plain string stands for `{path: ...}`."""
     held_out: float | tuple[DataSource, ...] = 0.1
     """A fraction of the prompts (by a hash, so that it is the same everywhere), or sources of their own."""
+    fraction: float | None = Field(None, gt=0, le=1)
+    """Share of the training rows that is used, chosen by a hash of their content: a smaller share lies within a larger
+    one, and what is held out stays the same. None: all."""
     split_by: Literal["prompt", "row"] = "prompt"
     """What may not stand on both sides of the split. `row` is for data with one constant prompt."""
 

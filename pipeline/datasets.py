@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,13 +109,14 @@ def fingerprint(data_set: DataSet) -> str:
         return [[source_digest(source), source.weight, source.limit] for source in sources]
 
     held_out = data_set.held_out
-    return digest(
-        {
-            "sources": identity(data_set.sources),
-            "held_out": held_out if isinstance(held_out, float) else identity(held_out),
-            "split_by": data_set.split_by,
-        }
-    )
+    content: dict[str, object] = {
+        "sources": identity(data_set.sources),
+        "held_out": held_out if isinstance(held_out, float) else identity(held_out),
+        "split_by": data_set.split_by,
+    }
+    if data_set.fraction is not None and data_set.fraction < 1:  # the whole is what it is without this setting
+        content["fraction"] = data_set.fraction
+    return digest(content)
 
 
 def prompt_key(prompt: Text) -> str:
@@ -167,9 +169,15 @@ class _Source(Generic[Record]):
     def keep_only(self, count: int, reason: str) -> None:
         """Keep the `count` records with the smallest hashes, in the order of their rows."""
         if count < len(self.kept):
-            self.dropped[reason] += len(self.kept) - count
-            chosen = {id(item) for item in sorted(self.kept, key=_by_hash)[:count]}
-            self.kept = [item for item in self.kept if id(item) in chosen]
+            self.keep(sorted(self.kept, key=_by_hash)[:count], reason)
+
+    def keep(self, chosen: Sequence[_Candidate[Record]], reason: str) -> None:
+        """Keep these records of its own, in the order of their rows."""
+        places = {id(item) for item in chosen}
+        kept = [item for item in self.kept if id(item) in places]
+        if len(kept) < len(self.kept):
+            self.dropped[reason] += len(self.kept) - len(kept)
+            self.kept = kept
 
 
 def _load(kind: str, data: DataSettings, formats: Sequence[Format[Record]], checks: _Checks[Record]) -> Split[Record]:
@@ -208,12 +216,13 @@ def _load(kind: str, data: DataSettings, formats: Sequence[Format[Record]], chec
                 if by_row or kind == "prompts"
                 else f"Set {where}.split_by: row, or give {where}.held_out sources of their own.",
             )
-        train = [item for source in pool for item in source.kept if item.key not in held_keys]
         held_out = [item for source in pool for item in source.kept if item.key in held_keys]
     else:
         held_keys = set()
-        train = [item for source in pool for item in source.kept]
         held_out = [item for source in held for item in source.kept]
+    if data_set.fraction is not None:
+        _thin(pool, held_keys, data_set.fraction, where)
+    train = [item for source in pool for item in source.kept if item.key not in held_keys]
     for name, side, sources in (("train on", train, pool), ("hold out", held_out, held or pool)):
         if not side:
             raise DataError(_nothing_left(name, sources), where=where, remedy="Correct the data, or the limits on it.")
@@ -319,6 +328,24 @@ def _mix(sources: Sequence[_Source[Record]], where: str) -> None:
         source.keep_only(share, "over its weight")
 
 
+def _thin(sources: Sequence[_Source[Record]], held_keys: set[str], fraction: float, where: str) -> None:
+    """Keep a share of the rows that are trained on, of all sources together: those with the smallest hashes."""
+    rows = [item for source in sources for item in source.kept if item.key not in held_keys]
+    count = int(Fraction(str(fraction)) * len(rows))
+    if rows and count == 0:
+        raise DataError(
+            f"{fraction:g} of {len(rows)} training rows is not even one",
+            where=f"{where}.fraction",
+            remedy=f"Set it to {math.ceil(1000 / len(rows)) / 1000:g} at least, or add rows.",
+        )
+    # By a hash of its own: after a limit, which takes the smallest ones, theirs would be no even sample.
+    ordered = sorted(rows, key=_by_hash_of_fraction)
+    held = [item for source in sources for item in source.kept if item.key in held_keys]
+    kept = ordered[:count] + held
+    for source in sources:
+        source.keep(kept, "over the fraction")
+
+
 def _held_out_keys(keys: set[str], fraction: float) -> set[str]:
     """The keys whose hash falls below the fraction; at least one, and never all, where there are two."""
     ordered = sorted(keys)
@@ -331,6 +358,10 @@ def _held_out_keys(keys: set[str], fraction: float) -> set[str]:
 
 def _by_hash(item: _Candidate[Record]) -> tuple[str, int]:
     return item.content, item.row.number
+
+
+def _by_hash_of_fraction(item: _Candidate[Record]) -> tuple[str, int]:
+    return _hash("fraction", item.content), item.row.number
 
 
 def _hash(purpose: str, text: str) -> str:

@@ -5,6 +5,7 @@ RUN/
   config.json         the resolved config of the last start
   origins.json        the same setting by setting, with where each came from
   sft/ reward/ ppo/ evaluate/      finished stages, each with its manifest trivet.json
+  learning_curve/F/   a run of its own: the reward stage on the share F of the pairs
   pairs/NAME/         a reward model's scores of a further file of pairs
   summary.json        the figures of all stages
   report.html         all of this for people
@@ -226,6 +227,15 @@ class RunDirectory:
     def judged_pairs(self, name: str) -> Path:
         """Folder of the reward model's scores of a further file of pairs."""
         return self.root / "pairs" / name
+
+    @property
+    def learning_curve(self) -> Path:
+        """Folder of the reward models that learnt from shares of the pairs, and of what the curve is made of."""
+        return self.root / "learning_curve"
+
+    def share(self, fraction: float) -> RunDirectory:
+        """The run of such a reward model."""
+        return RunDirectory(self.learning_curve / f"{fraction:.12g}")
 
     def lock(self, name: StageName | Literal["start"]) -> Path:
         """Held by the process that works on the stage, or that makes the run ready for work."""

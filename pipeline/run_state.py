@@ -21,6 +21,7 @@ from pipeline.artifacts import Manifest, read_manifest, read_unverified
 from pipeline.config import PipelineConfig
 from pipeline.config_file import flatten
 from pipeline.errors import ArtifactError, RunDirectoryError
+from pipeline.learning_curve import CURVE, CurvePoint, LearningCurve, Share
 from pipeline.metrics import MetricsRow
 from pipeline.run_directory import MANIFEST, STAGES, STARTING, RunDirectory, StageName, read_json
 from pipeline.run_lock import holder
@@ -90,6 +91,7 @@ class RunState:
     rounds: Sequence[Mapping[str, Any]] = ()
     held_out: Sequence[ScoredPair] = ()
     judged: Sequence[JudgedPairs] = ()
+    curve: LearningCurve | None = None
     faults: Sequence[str] = ()
     changed: float = 0.0
 
@@ -144,10 +146,12 @@ def read_run(folder: str | Path, *, with_files: bool = True) -> RunState:
     stages = _stages(run, config, faults, with_files=with_files)
     held_out: list[ScoredPair] = []
     judged: list[JudgedPairs] = []
+    curve = None
     if with_files:
         held_out, found = read_scored(run.stage("reward") / HELD_OUT)
         faults += found
         judged = list(_judged(run, faults))
+        curve = read_learning_curve(run, faults)
     return RunState(
         root=run.root,
         owner=_object(run.root / "run.json", faults),
@@ -161,6 +165,7 @@ def read_run(folder: str | Path, *, with_files: bool = True) -> RunState:
         rounds=_lines(run.metrics("ppo").with_name("ppo_samples.jsonl"), faults, torn=True),
         held_out=held_out,
         judged=judged,
+        curve=curve,
         faults=faults,
         changed=_changed(run.root),
     )
@@ -436,6 +441,41 @@ def _judged(run: RunDirectory, faults: list[str]) -> Iterator[JudgedPairs]:
         faults += found
         if pairs:
             yield JudgedPairs(folder.name, pairs, _object(folder / "about.json", faults))
+
+
+def read_learning_curve(run: RunDirectory, faults: list[str]) -> LearningCurve | None:
+    """The reward models on shares of the pairs that belong together; None where there are none.
+
+    Args:
+        faults: gets what cannot be read, in words.
+    """
+    path = run.learning_curve / CURVE
+    entries = _object(path, faults).get("points", [])
+    points: list[CurvePoint] = []
+    left_out: list[str] = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+        try:
+            share = Share.parse(entry)
+        except ValueError as error:
+            faults.append(f"{path}, point {number}: {error}; it is left out")
+            continue
+        folder = (run if share.own else run.share(share.fraction)).stage("reward")
+        try:
+            manifest = _manifest(folder, with_files=True)
+        except ArtifactError as error:
+            faults.append(str(error).splitlines()[0])
+            continue
+        pairs = manifest.metrics.get("pairs")
+        held_out, found = read_scored(folder / HELD_OUT)
+        faults += found
+        if manifest.digest != share.reward:
+            left_out.append(f"{share.fraction:g}: another reward model lies there by now")
+        elif not held_out or isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
+            left_out.append(f"{share.fraction:g}: its result does not tell how it does on which pairs")
+        else:
+            points.append(CurvePoint(share.fraction, pairs, held_out))
+    points.sort(key=lambda point: (point.pairs, point.fraction))
+    return LearningCurve(points, left_out) if points or left_out else None
 
 
 def _settings(config: Mapping[str, Any], origins: Mapping[str, Any]) -> list[tuple[str, Any, str | None]]:

@@ -28,6 +28,7 @@ BASE, ARTIFACTS, RUN_DIRECTORY = (
 )
 RUN_LOCK, DISK = (f"tests/pipeline/test_{name}.py" for name in ("run_lock", "disk"))
 PPO, GATES, EVALUATE, PROCESSES = (f"tests/stages/test_{name}.py" for name in ("ppo", "gates", "evaluate", "processes"))
+DATASETS = "tests/pipeline/test_datasets.py"
 TRL_RESUME = "tests/stages/test_trl_resume.py"
 PARITY = "tests/parity/test_ppo_step.py"
 SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
@@ -36,6 +37,7 @@ SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
 )
 REPORT, RUN_STATE = "tests/flows/test_report.py", "tests/pipeline/test_run_state.py"
 JUDGE = "tests/stages/test_judge_pairs.py"
+CURVE, CURVE_POINTS = "tests/flows/test_learning_curve.py", "tests/pipeline/test_learning_curve.py"
 SHARDED = "tests/stages/test_sharded_stages.py"
 CHAT = "tests/flows/test_chat.py"
 ANSWER_FILE, EXPORT = (f"tests/stages/test_{name}.py" for name in ("answer_file", "export"))
@@ -1768,6 +1770,72 @@ TABLE = (
         "return [max(range(start, start + n)",
         "return [min(range(start, start + n)",
         ("tests/stages/test_judges.py::test_the_best_of_n_is_the_best_by_the_reward",),
+    ),
+    Mutation(
+        "data: a share of the rows is no part of their fingerprint",
+        "pipeline/datasets.py",
+        'content["fraction"] = data_set.fraction',
+        "pass",
+        (f"{DATASETS}::test_the_fingerprint_follows_what_the_records_follow_from",),
+    ),
+    Mutation(
+        "data: a share after a limit takes the rows with the smallest hashes again",
+        "pipeline/datasets.py",
+        'return _hash("fraction", item.content), item.row.number',
+        "return item.content, item.row.number",
+        (f"{DATASETS}::test_a_share_is_an_even_sample_of_every_source_after_a_limit_too",),
+    ),
+    Mutation(
+        "data: a share is taken of the held-out rows too",
+        "pipeline/datasets.py",
+        "kept = ordered[:count] + held\n",
+        "kept = ordered[:count] + held[:count]\n",
+        (f"{DATASETS}::test_a_smaller_share_lies_within_a_larger_one_and_the_held_out_rows_stay",),
+    ),
+    Mutation(
+        "learning curve: equal scores count as wrong",
+        "pipeline/learning_curve.py",
+        "((pair.lead > 0) - (pair.lead < 0))",
+        "((pair.lead > 0) - (pair.lead <= 0))",
+        (f"{CURVE_POINTS}::test_points_are_compared_on_the_pairs_that_both_have_scored",),
+    ),
+    Mutation(
+        "learning curve: a result that was replaced since is shown as the one that was measured",
+        "pipeline/run_state.py",
+        "if manifest.digest != share.reward:",
+        "if not manifest.digest:",
+        (f"{CURVE_POINTS}::test_a_result_that_was_replaced_since_is_no_part_of_the_curve",),
+    ),
+    Mutation(
+        "learning curve: shares of another SFT stand beside the others",
+        "flows/learning_curve.py",
+        'return read_manifest(share.stage("sft")).digest == read_manifest(run.stage("sft")).digest',
+        'return bool(read_manifest(share.stage("sft")).digest)',
+        (
+            f"{CURVE}::test_shares_of_another_sft_are_no_part_of_it",
+            f"{CURVE}::test_the_copy_of_sft_follows_the_run_s",
+        ),
+    ),
+    Mutation(
+        "learning curve: a share is trained on all pairs",
+        "flows/learning_curve.py",
+        'f"{_SETTING}={fraction!r}"',
+        'f"{_SETTING}=1"',
+        (f"{CURVE}::test_shares_are_trained_once_by_the_real_stage_and_the_run_is_left_as_it_is",),
+    ),
+    Mutation(
+        "statistics: pairs of which none differ look certain",
+        "pipeline/statistics.py",
+        "variance = (gained + lost + 1) / (n + 2)",
+        "variance = (gained + lost) / (n + 2)",
+        ("tests/pipeline/test_statistics.py::test_paired_difference_covers_the_truth_as_often_as_it_says",),
+    ),
+    Mutation(
+        "curves: a logarithmic axis is drawn as another one",
+        "flows/curves.py",
+        "(math.log(x) if self.chart.log_x else x for x in",
+        "(x for x in",
+        ("tests/flows/test_curves.py::test_equal_factors_are_equally_far_apart_where_the_axis_is_logarithmic",),
     ),
     Mutation(
         "trackers: what an interrupted stage wrote beyond its checkpoint stays",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from finished_stages import light_config, publish
 
+from pipeline.artifacts import read_manifest
 from pipeline.config_file import LoadedConfig, load_config
 from pipeline.metrics import MetricsWriter
 from pipeline.run_directory import STAGES, RunDirectory, StageName
@@ -66,13 +68,16 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def pairs(count: int = 60, seed: int = 0) -> list[dict[str, Any]]:
-    """Held-out pairs, most of which the reward model gets right."""
+def pairs(count: int = 60, seed: int = 0, lead: float = 1.5) -> list[dict[str, Any]]:
+    """Held-out pairs, most of which the reward model gets right: `lead` is that of the preferred answers, in the mean.
+
+    The same seed gives the same pairs, scored by a model that is better or worse.
+    """
     chance = random.Random(seed)
     rows = []
     for number in range(count):
         chosen, rejected = "c" * chance.randint(20, 120), "r" * chance.randint(20, 120)
-        lead = chance.gauss(1.5, 1.5)
+        found = chance.gauss(lead, 1.5)
         rows.append(
             {
                 "source": "pairs.jsonl",
@@ -81,8 +86,8 @@ def pairs(count: int = 60, seed: int = 0) -> list[dict[str, Any]]:
                 "chosen": [{"role": "assistant", "content": chosen}],
                 "rejected": [{"role": "assistant", "content": rejected}],
                 "margin": None,
-                "score_chosen": lead / 2,
-                "score_rejected": -lead / 2,
+                "score_chosen": found / 2,
+                "score_rejected": -found / 2,
                 "characters_chosen": len(chosen),
                 "characters_rejected": len(rejected),
                 "tokens_chosen": 5,
@@ -136,7 +141,7 @@ def whole_run(folder: Path, *, seed: int = 0, name: str = "run", **settings: Any
     made: dict[StageName, dict[str, Any]] = {
         "sft": {"metrics": {"held_out_loss_before": 3.0, "held_out_loss_after": 2.5}, "extra": {"data": [report]}},
         "reward": {
-            "metrics": {"held_out_accuracy": {"value": 0.85, "low": 0.74, "high": 0.92, "n": 60}},
+            "metrics": {"held_out_accuracy": {"value": 0.85, "low": 0.74, "high": 0.92, "n": 60}, "pairs": 400},
             "files": {"held_out.jsonl": lines(pairs(seed=seed))},
         },
         "ppo": {"metrics": {"kl/policy_reference_k1": 3.6, "objective/score": 2.4}},
@@ -147,7 +152,26 @@ def whole_run(folder: Path, *, seed: int = 0, name: str = "run", **settings: Any
             write_metrics(run, stage)
         publish(stage, loaded, run, **made[stage])
     write_samples(run)
+    write_curve(loaded, {0.25: (100, pairs(seed=seed, lead=0.0)), 0.5: (200, pairs(seed=seed, lead=0.7))})
     return loaded
+
+
+def write_curve(loaded: LoadedConfig, shares: Mapping[float, tuple[int, Sequence[Mapping[str, Any]]]]) -> None:
+    """A learning curve of these shares, each with its training pairs and its scores, and of the run's reward model."""
+    run = RunDirectory(loaded.config.run_dir)
+    points = []
+    for fraction, (count, scored) in shares.items():
+        folder = run.share(fraction)
+        there = load_config(
+            loaded.path, [f"run_dir={json.dumps(str(folder.root))}", f"data.preferences.fraction={fraction}"]
+        )
+        RunDirectory.open(there)
+        shutil.copytree(run.stage("sft"), folder.stage("sft"))
+        figures = {"pairs": count, "held_out_pairs": len(scored)}
+        manifest = publish("reward", there, folder, metrics=figures, files={"held_out.jsonl": lines(scored)})
+        points.append({"fraction": fraction, "own": False, "reward": manifest.digest})
+    points.append({"fraction": 1.0, "own": True, "reward": read_manifest(run.stage("reward")).digest})
+    (run.learning_curve / "curve.json").write_text(json.dumps({"points": points}))
 
 
 def write_samples(run: RunDirectory, rounds: int = ROUNDS) -> None:
@@ -206,6 +230,10 @@ def hostile_run(folder: Path) -> Path:
     os.utime(run.log("sft"), (time.time() + 60,) * 2)  # after the result: a second attempt
     origins = {"config": HOSTILE, "overrides": [HOSTILE], "settings": [[HOSTILE, HOSTILE, HOSTILE]]}
     (run.root / "origins.json").write_text(json.dumps(origins))
+    entry = {"fraction": 0.5, "own": True, "reward": HOSTILE}
+    points = [entry, {HOSTILE: HOSTILE}, HOSTILE, entry | {"fraction": HOSTILE}]
+    run.learning_curve.mkdir()
+    (run.learning_curve / "curve.json").write_text(json.dumps({"points": points}))
     summary = {"versions": {HOSTILE: HOSTILE}, "machine": {HOSTILE: HOSTILE}, "started": HOSTILE}
     run.summary.write_text(json.dumps(summary))
     return run.root

@@ -99,7 +99,8 @@ for arguments in (["--help"], ["--version"], ["run", "--help"]):
 def test_what_the_parent_process_needs_is_light() -> None:
     modules = (
         "pipeline.datasets, stages.inputs, stages.launch, stages.command, stages.judge_pairs, flows.doctor,"
-        " flows.summary, flows.server, flows.report, flows.runs, flows.judging, flows.chat, flows.generating,"
+        " flows.summary, flows.server, flows.report, flows.runs, flows.judging, flows.learning_curve, flows.chat,"
+        " flows.generating,"
         " flows.exporting, pipeline.finished_run, pipeline.base_license, stages.export, stages.answer_file"
     )
     assert loaded_after(f"import {modules}") == set()

@@ -135,7 +135,8 @@
     const chart = JSON.parse(plot.dataset.chart);
     const [left, right, top, bottom] = chart.box;
     const [first, last, low, high] = chart.range;
-    const x = (step) => left + (right - left) * (step - first) / ((last - first) || 1);
+    const along = (step) => (chart.log ? Math.log(step) : step);
+    const x = (step) => left + (right - left) * (along(step) - along(first)) / ((along(last) - along(first)) || 1);
     const y = (value) => bottom - (bottom - top) * (value - low) / (high - low);
     const overlay = element("g", { "class": "overlay" });
     plot.append(overlay);

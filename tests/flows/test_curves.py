@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -85,6 +86,27 @@ def test_nothing_is_drawn_outside_of_the_picture() -> None:
             assert 0 <= float(element.get(name, 0)) <= WIDTH
         for name in ("y", "y1", "y2", "cy"):
             assert 0 <= float(element.get(name, 0)) <= HEIGHT
+
+
+def test_equal_factors_are_equally_far_apart_where_the_axis_is_logarithmic() -> None:
+    points = [(30.0, 1.0), (60.0, 2.0), (120.0, 3.0), (960.0, 4.0)]
+    chart = Chart("A", "b", [Line("a", points, "path", ranges=[(y, y + 1) for _, y in points])], log_x=True)
+    (line,) = polylines(picture(chart))
+    steps = [b[0] - a[0] for a, b in pairwise(line)]
+    assert steps[0] == pytest.approx(steps[1], abs=0.2) and steps[2] == pytest.approx(3 * steps[0], abs=0.2)
+    root = ElementTree.fromstring(picture(chart))
+    texts = [element.text for element in root.iter() if element.get("y") == str(HEIGHT - 34 + 16)]
+    assert texts == ["960", "120", "60", "30"], "labelled at the points"
+    assert json.loads(root.get("data-chart", ""))["log"] is True
+    whiskers = [float(one.get("x1", 0)) for one in root.iter() if "whisker" in one.get("class", "")]
+    assert whiskers == [x for x, _ in line]
+
+
+def test_labels_of_a_logarithmic_axis_do_not_stand_on_each_other() -> None:
+    points = [(1000.0 + number, 1.0) for number in range(50)] + [(1.0, 1.0)]
+    root = ElementTree.fromstring(picture(Chart("A", "b", [Line("a", points, "dots")], log_x=True)))
+    labels = [element for element in root.iter() if element.get("y") == str(HEIGHT - 34 + 16)]
+    assert [label.text for label in labels] == ["1049", "1"]
 
 
 @pytest.mark.parametrize("points", [[], [(1.0, 5.0)], [(1.0, None)], [(1.0, 0.0), (2.0, 0.0)]])

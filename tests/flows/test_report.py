@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -153,6 +154,39 @@ def test_conversations_are_read_turn_by_turn() -> None:
     assert turns("plain") == [("", "plain")]
     assert turns(["odd", {"content": 5}]) == [("", "5")]
     assert turns(None) == [("", "")]
+
+
+def test_the_learning_curve_is_drawn_told_and_written_out(tmp_path: Path) -> None:
+    loaded = whole_run(tmp_path)
+    curve = read_run(loaded.config.run_dir).curve
+    assert curve is not None
+    page = page_of(loaded.config.run_dir)
+    for text in ("Would more pairs help?", curve.headline, curve.sentence, "Accuracy by training pairs"):
+        assert text in page.text, text
+    for one in curve.points:  # the table, for those who do not see the picture
+        figures = f"{one.accuracy.value:.2f} [{one.accuracy.low:.2f}, {one.accuracy.high:.2f}]"
+        assert re.search(rf"{one.fraction:g} {one.pairs} {re.escape(figures)}.* {one.longer_wins.value:.2f}", page.text)
+    charts = [json.loads(found["data-chart"]) for found in page.having("data-chart")]
+    (drawn,) = [chart for chart in charts if chart["log"]]
+    shown = [[point.pairs, float(f"{point.accuracy.value:.5g}")] for point in curve.points]
+    assert drawn["lines"][0]["points"] == shown
+    assert drawn["range"][0] == 100 and drawn["range"][1] == 400
+
+
+def test_a_learning_curve_stands_alone_and_says_what_is_no_part_of_it(tmp_path: Path) -> None:
+    """A run whose own reward model has been replaced by an unfinished one."""
+    run = RunDirectory(whole_run(tmp_path).config.run_dir)
+    path = run.learning_curve / "curve.json"
+    points = json.loads(path.read_text())["points"]
+    shutil.rmtree(run.stage("reward"))
+    path.write_text(json.dumps({"points": points[:2]}))
+    text = page_of(run.root).text
+    assert "Would more pairs help?" in text and "There are no scores of held-out pairs" not in text
+    assert "is the reward model any good?" not in text
+    path.write_text(json.dumps({"points": [points[0] | {"reward": "0"}]}))
+    page = page_of(run.root)
+    assert "Left out: 0.25: another reward model lies there by now." in page.text
+    assert not [found for found in page.having("data-chart") if json.loads(found["data-chart"])["log"]]
 
 
 # -- texts that are not to be obeyed

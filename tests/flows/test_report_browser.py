@@ -159,6 +159,27 @@ def test_a_pointer_on_a_chart_shows_the_values(tab: Page, report: Path) -> None:
     until(lambda: visible(tab, "#tip") == [])
 
 
+def test_a_pointer_on_a_logarithmic_chart_finds_the_points_where_they_are_drawn(tab: Page, report: Path) -> None:
+    tab.open(report, "#0/reward")
+    plot = '[data-run="0"] .page.shown .plot[data-chart*="training pairs"]'
+    tab.ask(f"document.querySelector({plot!r}).scrollIntoView({{block: 'center'}})")
+    dots = tab.ask(
+        f"[...document.querySelectorAll({plot + ' .dot'!r})].map((one) => {{"
+        " const box = one.getBoundingClientRect(); return [box.left + box.width / 2, box.top + box.height / 2]; })"
+    )
+    assert len(dots) == 3
+    for (x, y), pairs in zip(dots, (100, 200, 400), strict=True):
+        tab.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        until(lambda: visible(tab, "#tip"))
+        (shown,) = visible(tab, "#tip")
+        assert shown.splitlines()[0] == f"training pairs {pairs}"
+        spot = tab.ask(
+            f"(() => {{ const box = document.querySelector({plot + ' .spot'!r}).getBoundingClientRect();"
+            " return [box.left + box.width / 2, box.top + box.height / 2]; })()"
+        )
+        assert spot == pytest.approx([x, y], abs=1.5), "the mark is on the dot"
+
+
 def test_light_and_dark_follow_the_device_and_the_button(tab: Page, report: Path) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     tab.open(report)

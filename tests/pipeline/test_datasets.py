@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from rich.console import Console
 from tiny import tiny_tokenizer
 
+from pipeline.artifacts import digest
 from pipeline.chat import ChatFormat
 from pipeline.config import DataSet, DataSettings, DataSource
 from pipeline.data_report import render_reports, warnings
@@ -810,6 +815,72 @@ def test_a_source_with_nothing_left_cannot_be_mixed(tmp_path: Path) -> None:
         load_prompts(settings_for("prompts", [{"path": str(one), "weight": 1}, {"path": str(two), "weight": 1}]))
 
 
+# ---- fractions
+
+
+@pytest.mark.parametrize("kind", sorted(LOADERS))
+def test_a_smaller_share_lies_within_a_larger_one_and_the_held_out_rows_stay(tmp_path: Path, kind: str) -> None:
+    rows = [
+        {key: f"{key} {i}" for key in (*SPARE[kind], "topic")} | {"prompt": f"q{i // 2 if kind != 'prompts' else i}"}
+        for i in range(400)
+    ]
+
+    def load(rows: Rows, fraction: float | None) -> Split[Any]:
+        return LOADERS[kind](settings_for(kind, write(tmp_path, rows), held_out=0.25, fraction=fraction))
+
+    whole = load(rows, None)
+    shares = {fraction: load(rows, fraction) for fraction in (0.01, 0.29, 0.5, 0.999, 1.0)}
+    for fraction, split in shares.items():
+        assert len(split.train) == math.floor(fraction * len(whole.train) + 1e-9), "exactly the share, rounded down"
+        assert split.held_out == whole.held_out
+        (report,) = split.reports
+        assert report.dropped.get("over the fraction", 0) == len(whole.train) - len(split.train)
+        assert report.train == len(split.train) and report.read == report.kept + sum(report.dropped.values())
+        assert [row.origin.row for row in split.train] == sorted(row.origin.row for row in split.train)
+        # Whatever the order of the rows.
+        again = load(rows[::-1], fraction)
+        assert {row.prompt for row in again.train} == {row.prompt for row in split.train}
+    ordered = [{row.origin.row for row in split.train} for split in shares.values()]
+    assert all(small < large for small, large in pairwise(ordered))
+    assert shares[1.0].train == whole.train and "over the fraction" not in shares[1.0].reports[0].dropped
+
+
+def test_a_share_is_an_even_sample_of_every_source_after_a_limit_too(tmp_path: Path) -> None:
+    """A limit takes the smallest hashes, a share those of another hash; sources give what they have."""
+    paths = [write(tmp_path, [{"prompt": f"{name}{i}"} for i in range(1000)], f"{name}.jsonl") for name in "ab"]
+    sources = [{"path": str(paths[0]), "limit": 600}, {"path": str(paths[1]), "limit": 300}]
+    whole = load_prompts(settings_for("prompts", sources, held_out=0.25))
+    half = load_prompts(settings_for("prompts", sources, held_out=0.25, fraction=0.5))
+    first, second = ([row for row in half.train if row.prompt[0] == name] for name in "ab")
+    assert len(first) + len(second) == len(whole.train) // 2
+    # Three standard deviations of the count, of what the split left of either source, and of what half takes of that.
+    assert abs(len(second) - len(half.train) / 3) < 25
+    by_hash = sorted(whole.train, key=lambda row: hashlib.sha256(f"row\0{json.dumps([row.prompt])}".encode()).digest())
+    smallest = {row.prompt for row in by_hash[: len(half.train)]}
+    assert abs(len(smallest & {row.prompt for row in half.train}) - len(half.train) / 2) < 0.15 * len(half.train)
+
+
+def test_rows_held_out_by_name_are_no_part_of_a_share(tmp_path: Path) -> None:
+    train, held = (write(tmp_path, [{"prompt": f"{n}{i}"} for i in range(10)], f"{n}.jsonl") for n in "th")
+    split = load_prompts(settings_for("prompts", train, held_out=[{"path": str(held)}], fraction=0.3))
+    assert (len(split.train), len(split.held_out)) == (3, 10)
+    assert counted(split) == {"over the fraction": 7}
+
+
+def test_a_share_that_leaves_no_row_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": f"q{i}"} for i in range(8)])
+    said = r"data\.prompts\.fraction: 0\.1 of 7 training rows is not even one\n  -> Set it to 0\.143 at least"
+    with pytest.raises(DataError, match=said):
+        load_prompts(settings_for("prompts", path, fraction=0.1))
+    assert len(load_prompts(settings_for("prompts", path, fraction=0.143)).train) == 1
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01, "half", float("nan")])
+def test_a_share_lies_above_0_and_up_to_1(tmp_path: Path, fraction: Any) -> None:
+    with pytest.raises(ValidationError, match=r"prompts\.fraction"):
+        settings_for("prompts", tmp_path / "a.jsonl", fraction=fraction)
+
+
 # ---- identity and reports
 
 
@@ -820,7 +891,7 @@ def test_the_fingerprint_follows_what_the_records_follow_from(tmp_path: Path) ->
     path = write(tmp_path, [{"prompt": "Q"}])
     source = {"path": str(path)}
     first = of([source])
-    assert first == of([source])
+    assert first == of([source]) == of([source], fraction=None) == of([source], fraction=1.0)
     (tmp_path / "moved").mkdir()
     assert first == of(write(tmp_path / "moved", [{"prompt": "Q"}]))
     changes = [
@@ -830,9 +901,14 @@ def test_the_fingerprint_follows_what_the_records_follow_from(tmp_path: Path) ->
         of([source], held_out=0.2),
         of([source], held_out=[source]),
         of([source], split_by="row"),
+        of([source], fraction=0.5),
+        of([source], fraction=0.25),
         of(write(tmp_path, [{"prompt": "P"}])),
     ]
     assert len({first, *changes}) == len(changes) + 1
+    # What was finished before there were fractions is still current.
+    content = {"sources": [[source_digest(DataSource(path=str(path))), None, None]], "held_out": 0.1}
+    assert of([source]) == digest(content | {"split_by": "prompt"})
 
 
 def test_the_fingerprint_of_a_function_is_that_of_its_rows(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ CHANGES = [
     ("ppo.learning_rate=0.5", {"ppo"}),
     ("ppo.checkpoint_every=50", set()),
     ("evaluate.batch_size=8", {"evaluate"}),
+    ("data.preferences.fraction=0.5", {"reward"}),
+    ("data.prompts.fraction=0.5", {"reward", "ppo", "evaluate"}),
+    ("data.instructions.fraction=0.5", {"sft", "evaluate"}),
+    ("data.preferences.fraction=1 data.prompts.fraction=1 data.instructions.fraction=1", set()),
     ("data.allow_special_tokens=true", {"sft", "reward", "ppo", "evaluate"}),
     ("base.cache_dir=elsewhere", set()),
 ]
