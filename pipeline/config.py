@@ -727,6 +727,11 @@ class PipelineConfig(Section):
                 "ppo.rollout.engine is 'vllm', whose log-probabilities are either tempered and filtered or neither, and"
                 " ppo.temperature is set beside a filter; set ppo.temperature=1, or ppo.top_p=1 and ppo.top_k=0"
             )
+        if rollout.engine == "paged" and rollout.weights == "adapter" and self.launch.strategy == "fsdp":
+            yield (
+                "ppo.rollout.engine is 'paged', which needs the base whole, and launch.strategy is 'fsdp';"
+                " set ppo.rollout.engine=auto, or ppo.rollout.weights=merged"
+            )
         if rollout.engine == "vllm" and self.launch.world_size > 1 and rollout.server is None:
             yield (
                 f"ppo.rollout.engine is 'vllm', which each of {self.launch.world_size} processes would start on the"

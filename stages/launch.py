@@ -39,7 +39,7 @@ from pipeline.run_directory import RunDirectory, StageName
 from stages.device_lock import device_lock
 from stages.inputs import find_current, parents_of
 from stages.interruption import StoppedInOrder
-from stages.launcher_file import launcher_settings, read_launcher_file, resolve
+from stages.launcher_file import launcher_settings, read_launcher_file, require_launchable, resolve
 from stages.redaction import redaction
 from stages.side_by_side import SideBySide
 
@@ -126,6 +126,7 @@ def ensure_stage(
         return stage_result(stage, run, current, cached=True, reason=reason)
     if current is not None:
         reason = "run again on demand"
+    require_launchable(loaded.config, [stage])
     launch, choice = resolve(loaded.config)
     if choice is not None:
         on_line(choice)

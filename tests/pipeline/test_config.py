@@ -186,6 +186,13 @@ def test_numbers_and_merged_groups_are_read_as_people_write_them(tmp_path: Path)
             "set ppo.temperature=1, or ppo.top_p=1 and ppo.top_k=0",
         ),
         (["ppo.rollout.engine=vllm", "launch.processes=2", *EVEN], "set ppo.rollout.server, or another engine"),
+        (
+            [
+                *("ppo.rollout.engine=paged", "ppo.rollout.weights=adapter"),
+                *("launch.processes=2", "launch.strategy=fsdp", *EVEN),
+            ],
+            "needs the base whole, and launch.strategy is 'fsdp'; set ppo.rollout.engine=auto",
+        ),
         (["ppo.rewards=[]"], "nothing to maximize"),
         (["ppo.rewards=[{}, {weight: 2}]"], "names the source 'model' 2 times"),
         (["ppo.rewards=[{function: 'a.py:f'}, {function: 'b.py:f'}]"], "names the source 'f' 2 times"),
@@ -258,7 +265,7 @@ def test_every_contradiction_has_a_test() -> None:
     """Counts the statements that report one; a new one needs a line above."""
     source = (ROOT / "pipeline" / "config.py").read_text()
     body = source[source.index("def contradictions") :]
-    assert body.count("yield ") == 46
+    assert body.count("yield ") == 47
 
 
 @pytest.mark.parametrize(
@@ -274,6 +281,8 @@ def test_every_contradiction_has_a_test() -> None:
         ["launch.processes=4"],
         ["launch.processes=2", "launch.strategy=fsdp", "launch.cpu_offload=true", *EVEN],
         ["launch.mixed_precision=bf16"],
+        ["ppo.rollout.engine=paged", "ppo.rollout.weights=adapter"],
+        ["ppo.rollout.engine=paged", "launch.processes=2", "launch.strategy=fsdp", *EVEN],
         ["launch.mixed_precision=bf16", "base.dtype=bfloat16"],
         ["launch.machines=2", "launch.machine_rank=1", "launch.main_address=node0", *EVEN],
     ],

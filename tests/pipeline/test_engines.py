@@ -148,6 +148,16 @@ def test_paged_is_refused_where_it_would_compute_wrongly(tmp_path):
     require_engine_for(roles, paged(engine="auto"))
 
 
+def test_paged_is_refused_on_a_base_that_is_shared_out(tmp_path):
+    """But for a merged copy, which is whole."""
+    roles = policy_roles(sharp_base(tmp_path))
+    require_engine_for(roles, paged(weights="adapter"))
+    roles.shards = object()
+    with pytest.raises(ConfigError, match="the base is shared out among processes"):
+        require_engine_for(roles, paged(weights="adapter"))
+    require_engine_for(roles, paged(weights="merged"))
+
+
 def test_auto_is_generate_on_a_cpu(tmp_path):
     roles = policy_roles(sharp_base(tmp_path))
     assert chosen_engine(roles, "auto") == "generate"

@@ -16,8 +16,9 @@ from pipeline import cards
 from pipeline.cards import Card
 from pipeline.config import LaunchSettings, PipelineConfig
 from pipeline.errors import ConfigError
-from pipeline.run_directory import STAGES
+from pipeline.run_directory import STAGES, StageName
 from stages import launcher_file as module
+from stages.launch import ensure_stage
 from stages.launcher_file import launcher_settings, read_launcher_file, require_launchable, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +185,39 @@ def test_weights_that_fsdp_cannot_share_out_are_refused_whoever_asks_for_it(
     monkeypatch.setattr(module, "choose_strategy", lambda *_: ("fsdp", "said so"))
     with pytest.raises(ConfigError, match=f"launch: with 2 processes under FSDP: {fault}"):
         require_launchable(PipelineConfig.model_validate(tree), STAGES)
+
+
+def test_an_engine_that_needs_the_whole_base_is_refused_whoever_asks_for_fsdp(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2}\n")
+    tree = config(accelerate_config=str(own)).model_dump(exclude_unset=True)
+    for rollout, refused in (({"engine": "paged", "weights": "adapter"}, True), ({"engine": "generate"}, False)):
+        tree["ppo"] = {"rollout": rollout}
+        found = PipelineConfig.model_validate(tree)
+        if not refused:
+            assert require_launchable(found, STAGES).kind == "fsdp"
+            continue
+        with pytest.raises(ConfigError, match=r"own.yaml: with 2 processes under FSDP: ppo.rollout.engine is 'paged'"):
+            require_launchable(found, STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_alone_is_refused_before_its_processes_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: StageName
+) -> None:
+    """As `trivet ppo CONFIG` is, not only `trivet run CONFIG`."""
+    with_gpus(monkeypatch, 24)
+    monkeypatch.setattr("stages.launch.launch_stage", lambda *_, **__: pytest.fail("started"))
+    named: dict[str, Any] = {"force": False, "on_line": print, "on_progress": print}
+    even = [f"{name}.microbatch_size=1" for name in ("sft", "reward")]
+    with pytest.raises(ConfigError, match=r"2 processes are to start on this machine, which has 1 GPU\(s\)"):
+        ensure_stage(stage, tiny_config(tmp_path, "launch.processes=2", *even), **named)
+    file = ROOT / "configs/accelerate/deepspeed_zero3.yaml"
+    with_gpus(monkeypatch, *[24] * 8)
+    even = [f"{name}.batch_size=16" for name in ("sft", "reward")]
+    even += ["ppo.minibatch_size=8", "ppo.held_out.prompts=8"]
+    with pytest.raises(ConfigError, match=rf"it asks for DEEPSPEED_ZERO3, which {stage} cannot do"):
+        ensure_stage(stage, tiny_config(tmp_path, f"launch.accelerate_config={file}", *even), **named)
 
 
 def test_a_batch_that_the_files_processes_cannot_share_is_refused(tmp_path: Path) -> None:
