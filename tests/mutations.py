@@ -39,6 +39,7 @@ REPORT, RUN_STATE = "tests/flows/test_report.py", "tests/pipeline/test_run_state
 JUDGE = "tests/stages/test_judge_pairs.py"
 CURVE, CURVE_POINTS = "tests/flows/test_learning_curve.py", "tests/pipeline/test_learning_curve.py"
 SHARDED = "tests/stages/test_sharded_stages.py"
+CHAINED, TWO_MACHINES = "tests/stages/test_chained.py", "tests/flows/test_two_machines.py"
 CHAT = "tests/flows/test_chat.py"
 ANSWER_FILE, EXPORT = (f"tests/stages/test_{name}.py" for name in ("answer_file", "export"))
 ENGINES = "tests/pipeline/test_engines.py"
@@ -539,6 +540,72 @@ TABLE = (
         "            if replicated:\n                self.world.sum_gradients(learning)",
         "            if replicated:\n                pass",
         (f"{SHARDED}::test_two_processes_train_the_adapter_that_one_trains",),
+    ),
+    Mutation(
+        "sharding: a process with fewer held-out rows makes fewer passes",
+        "stages/sft.py",
+        "if roles.shards is not None and len(mine) <",
+        "if roles.shards is None and len(mine) <",
+        (f"{SHARDED}::test_two_processes_measure_what_one_measures",),
+    ),
+    Mutation(
+        "held-out prompts that fill up the last processes count",
+        "stages/selection.py",
+        "counted = min(len(mine), len(few) - world.rank * len(mine))",
+        "counted = len(mine)",
+        (f"{PROCESSES}::test_a_run_of_two_processes_measures_what_one_measures",),
+    ),
+    Mutation(
+        "held-out prompts that processes cannot share evenly are left out",
+        "stages/selection.py",
+        "world.share([*few, *few[: -len(few) % world.size]])",
+        "world.share(few[: len(few) - len(few) % world.size])",
+        (f"{PROCESSES}::test_a_run_of_two_processes_measures_what_one_measures",),
+    ),
+    Mutation(
+        "a round is taken for that of another number of processes",
+        "stages/rounds.py",
+        " or found.state[\"processes\"] != self._world.size:",
+        ":",
+        (f"{CHAINED}::test_policy_and_critic_are_those_of_one_process_that_was_never_stopped",),
+    ),
+    Mutation(
+        "more processes take over what each of fewer had summed up",
+        "stages/trl_trainer.py",
+        "            mine = mine | shared_anew(processes, self.world.rank, self.world.size)\n",
+        "",
+        (f"{CHAINED}::test_the_figures_are_those_of_one_process_that_was_never_stopped",),
+    ),
+    Mutation(
+        "a launcher's mixed precision rounds what SFT's adapter computes",
+        "pipeline/trl_options.py",
+        '        arguments.mixed_precision = "no"\n',
+        "",
+        ("tests/stages/test_sft.py::test_a_launchers_mixed_precision_changes_nothing",),
+    ),
+    Mutation(
+        "a launcher's arithmetic that is not the base's is passed over",
+        "pipeline/base_model.py",
+        "    if dtype != named:\n",
+        "    if False:\n",
+        (
+            "tests/pipeline/test_base_model.py::test_an_arithmetic_that_only_the_launcher_asks_for_is_refused",
+            "tests/stages/test_command.py::test_an_arithmetic_that_the_launcher_alone_asks_for_is_refused",
+        ),
+    ),
+    Mutation(
+        "a paged optimizer's counter comes back as a tensor",
+        "pipeline/checkpoint.py",
+        "            state[entry] = int(tensor)\n",
+        "            state[entry] = tensor\n",
+        ("tests/pipeline/test_checkpoint.py::test_an_optimizer_goes_on_bit_for_bit",),
+    ),
+    Mutation(
+        "the plan promises another optimizer than PPO's",
+        "pipeline/memory_plan.py",
+        "self.static(adapters, trainable, ppo.optimizer, gradients=1)",
+        'self.static(adapters, trainable, "adamw", gradients=1)',
+        ("tests/pipeline/test_memory_plan.py::test_ppo_keeps_the_moments_that_its_optimizer_keeps",),
     ),
     Mutation(
         "sharding: a process with a smaller batch does less than the others wait for",
@@ -1696,6 +1763,34 @@ TABLE = (
         "if gpus and launcher.processes > gpus:",
         "if False:",
         ("tests/stages/test_launcher_file.py::test_more_processes_than_gpus_are_refused",),
+    ),
+    Mutation(
+        "machines wait for each other as long as torch likes",
+        "stages/launch.py",
+        '        *("--rdzv_conf", f"timeout={math.ceil(launch.timeout)}"),\n',
+        "",
+        (f"{TWO_MACHINES}::test_a_machine_that_stays_alone_says_so_in_time",),
+    ),
+    Mutation(
+        "processes wait for each other as long as torch likes",
+        "stages/command.py",
+        "        meet(loaded.config.launch.timeout)\n",
+        "        meet(1e6)\n",
+        (f"{TWO_MACHINES}::test_a_process_that_no_longer_answers_is_waited_for_only_so_long",),
+    ),
+    Mutation(
+        "what another machine did is told as a fault of gloo",
+        "stages/command.py",
+        "    return as_lost_process(error) or error\n",
+        "    return error\n",
+        (f"{TWO_MACHINES}::test_a_process_that_dies_on_one_machine_ends_the_stage_on_both",),
+    ),
+    Mutation(
+        "a stage alone is started whatever its launcher asks for",
+        "stages/launch.py",
+        "    require_launchable(loaded.config, [stage])\n",
+        "",
+        ("tests/stages/test_launcher_file.py::test_a_stage_alone_is_refused_before_its_processes_start",),
     ),
     Mutation(
         "stages are started sharded that cannot be",
