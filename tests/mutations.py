@@ -565,7 +565,7 @@ TABLE = (
     Mutation(
         "a round is taken for that of another number of processes",
         "stages/rounds.py",
-        " or found.state[\"processes\"] != self._world.size:",
+        ' or found.state["processes"] != self._world.size:',
         ":",
         (f"{CHAINED}::test_policy_and_critic_are_those_of_one_process_that_was_never_stopped",),
     ),
