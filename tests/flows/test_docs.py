@@ -155,6 +155,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run_dir": "runs/mine",
     }
     tiny_config(folder / "configs", **settings).path.rename(folder / "configs" / "my.yaml")
+    # The configs for real models have rows longer than a tiny base reads; positions are no weights of it.
+    shape = folder / "configs" / "llama-base" / "config.json"
+    shape.write_text(json.dumps(json.loads(shape.read_text()) | {"max_position_embeddings": 8192}))
     for name in ("my.yaml", "tiny_data.py"):  # prefect.md keeps its config beside prefect.yaml
         shutil.copy(folder / "configs" / name, folder / name)
     pairs = [{"prompt": f"p{n}", "chosen": f"good {n}", "rejected": f"bad {n}", "subset": "s"} for n in range(4)]
