@@ -356,6 +356,49 @@ def generate(
         answer(found, prompts, output, order, display, force=force)
 
 
+@app.command(name="lm-eval")
+def lm_eval(
+    folder: Run,
+    tasks: Annotated[str, typer.Option("--tasks", help="Names of tasks, with commas between them.")],
+    who: Annotated[
+        list[str] | None, typer.Option("--who", help="base, sft or policy; repeatable. Default: all there are.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Rows of each task, to try it out.", show_default=False)
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option("--fewshot", min=0, help="Examples in each prompt. Default: the task's.", show_default=False),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at once.")] = 8,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="A folder of tasks of your own.", show_default=False)
+    ] = None,
+) -> None:
+    """Score a run's base, SFT and policy on tasks of lm-evaluation-harness, which is an extra."""
+    from flows.lm_tasks import lm_eval as score
+    from flows.lm_tasks import order_of
+    from flows.report import run_folder
+    from pipeline.finished_run import open_run
+    from stages.lm_tasks import require_harness
+
+    require_harness()
+    found = open_run(run_folder(folder))
+    order = order_of(
+        found,
+        tasks=tasks,
+        who=who or (),
+        limit=limit,
+        examples=examples,
+        chat=chat,
+        batch_size=batch_size,
+        include_path=include_path,
+    )
+    with _shown() as display:
+        score(found, order, display)
+
+
 @app.command()
 def export(
     folder: Run,

@@ -24,11 +24,13 @@ from flows.report_charts import calibration_chart, charts_of, compared, lead_cha
 from flows.summary import figures_of
 from flows.verdict import Judgement, Verdict, as_estimate, judge_name, score_gap, verdict_of
 from pipeline import scored_pairs
+from pipeline.finished_run import SPEAKERS
 from pipeline.memory import megabytes
 from pipeline.progress import duration
 from pipeline.run_state import JudgedPairs, RunState, StageState
 from pipeline.scored_pairs import Baseline, Bin, ScoredPair, Slice
 from pipeline.statistics import Estimate, win_rate
+from pipeline.task_scores import TaskScore
 
 _MOST_ANSWERS = 500
 _MOST_ROUNDS = 200
@@ -68,6 +70,11 @@ class RunView:
         """PPO against others than SFT: the base, and the best of n answers of SFT."""
         figures = self.state.stages["evaluate"].figures if "evaluate" in self.state.stages else {}
         return list(_yardsticks(figures))
+
+    @cached_property
+    def tasks(self) -> list[TaskRow]:
+        """Scores on tasks of lm-evaluation-harness."""
+        return task_rows(self.state)
 
     @property
     def seconds(self) -> float:
@@ -313,6 +320,44 @@ class Yardstick:
     length_controlled: Estimate | None
     before: Estimate | None
     after: Estimate | None
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A metric of a task, with what each speaker scored, or a dash."""
+
+    task: str
+    metric: str
+    rows: int
+    examples: str
+    values: Mapping[str, str]
+    outdated: Sequence[str]
+
+
+def task_rows(state: RunState) -> list[TaskRow]:
+    """Scores on tasks of lm-evaluation-harness; side by side where they were asked alike.
+
+    A speaker whose adapter has been replaced since is named as outdated.
+    """
+    digests = {name: stage.manifest.digest for name, stage in state.stages.items() if stage.manifest is not None}
+    now = {"base": None, "sft": digests.get("sft"), "policy": digests.get("ppo")}
+    found: dict[tuple[object, ...], dict[str, TaskScore]] = {}
+    outdated = [one.who for one in state.tasks if one.adapter != now.get(one.who)]
+    for speaker in state.tasks:
+        for score in speaker.scores:
+            found.setdefault(score.setting, {})[speaker.who] = score
+    rows = []
+    for setting, scores in found.items():
+        first = next(iter(scores.values()))
+        values: dict[str, str] = {who: _score_text(scores[who]) if who in scores else _NOTHING for who in SPEAKERS}
+        examples = str(setting[5]) if setting[5] != "None" else _NOTHING
+        late = [who for who in scores if who in outdated]
+        rows.append(TaskRow(first.task, first.metric, first.rows, examples, values, late))
+    return sorted(rows, key=lambda row: (row.task, row.metric, row.rows))
+
+
+def _score_text(score: TaskScore) -> str:
+    return f"{score.value:.3f}" if score.error is None else f"{score.value:.3f} ± {score.error:.3f}"
 
 
 def _yardsticks(figures: Mapping[str, Any]) -> Iterator[Yardstick]:

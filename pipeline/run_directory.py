@@ -6,6 +6,7 @@ RUN/
   origins.json        the same setting by setting, with where each came from
   sft/ reward/ ppo/ evaluate/      finished stages, each with its manifest trivet.json
   learning_curve/F/   a run of its own: the reward stage on the share F of the pairs
+  lm_eval/WHO.json    scores of base, sft or policy on tasks of lm-evaluation-harness
   pairs/NAME/         a reward model's scores of a further file of pairs
   summary.json        the figures of all stages
   report.html         all of this for people
@@ -232,6 +233,11 @@ class RunDirectory:
     def learning_curve(self) -> Path:
         """Folder of the reward models that learnt from shares of the pairs, and of what the curve is made of."""
         return self.root / "learning_curve"
+
+    @property
+    def task_scores(self) -> Path:
+        """Folder of the speakers' scores on tasks of lm-evaluation-harness."""
+        return self.root / "lm_eval"
 
     def share(self, fraction: float) -> RunDirectory:
         """The run of such a reward model."""

@@ -26,6 +26,7 @@ from pipeline.metrics import MetricsRow
 from pipeline.run_directory import MANIFEST, STAGES, STARTING, RunDirectory, StageName, read_json
 from pipeline.run_lock import holder
 from pipeline.scored_pairs import HELD_OUT, SCORED, ScoredPair, read_scored
+from pipeline.task_scores import SpeakerScores, parse_scores
 
 Status = Literal["finished", "outdated", "going", "starting", "interrupted", "failed", "damaged", "waiting"]
 """`outdated`: finished, but from results that have been replaced since. `waiting`: not begun."""
@@ -92,6 +93,7 @@ class RunState:
     held_out: Sequence[ScoredPair] = ()
     judged: Sequence[JudgedPairs] = ()
     curve: LearningCurve | None = None
+    tasks: Sequence[SpeakerScores] = ()
     faults: Sequence[str] = ()
     changed: float = 0.0
 
@@ -166,6 +168,7 @@ def read_run(folder: str | Path, *, with_files: bool = True) -> RunState:
         held_out=held_out,
         judged=judged,
         curve=curve,
+        tasks=list(_task_scores(run, faults)) if with_files else (),
         faults=faults,
         changed=_changed(run.root),
     )
@@ -441,6 +444,15 @@ def _judged(run: RunDirectory, faults: list[str]) -> Iterator[JudgedPairs]:
         faults += found
         if pairs:
             yield JudgedPairs(folder.name, pairs, _object(folder / "about.json", faults))
+
+
+def _task_scores(run: RunDirectory, faults: list[str]) -> Iterator[SpeakerScores]:
+    for path in sorted(run.task_scores.glob("*.json")):
+        if content := _object(path, faults):
+            try:
+                yield parse_scores(content)
+            except ValueError as error:
+                faults.append(f"{path}: cannot be read: {error}")
 
 
 def read_learning_curve(run: RunDirectory, faults: list[str]) -> LearningCurve | None:

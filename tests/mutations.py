@@ -1919,6 +1919,13 @@ TABLE = (
         (f"{CURVE}::test_shares_are_trained_once_by_the_real_stage_and_the_run_is_left_as_it_is",),
     ),
     Mutation(
+        "lm-eval: scores stand side by side that were not asked alike",
+        "pipeline/task_scores.py",
+        'str(task.get("examples")),',
+        '"None",',
+        ("tests/stages/test_lm_tasks.py::test_scores_that_were_asked_alike_stand_side_by_side",),
+    ),
+    Mutation(
         "statistics: pairs of which none differ look certain",
         "pipeline/statistics.py",
         "variance = (gained + lost + 1) / (n + 2)",

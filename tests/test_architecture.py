@@ -100,7 +100,7 @@ def test_what_the_parent_process_needs_is_light() -> None:
     modules = (
         "pipeline.datasets, stages.inputs, stages.launch, stages.command, stages.judge_pairs, flows.doctor,"
         " flows.summary, flows.server, flows.report, flows.runs, flows.judging, flows.learning_curve, flows.chat,"
-        " flows.generating,"
+        " flows.generating, flows.lm_tasks, stages.lm_tasks,"
         " flows.exporting, pipeline.finished_run, pipeline.base_license, stages.export, stages.answer_file"
     )
     assert loaded_after(f"import {modules}") == set()

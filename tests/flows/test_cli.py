@@ -39,7 +39,17 @@ def test_help_names_every_command() -> None:
         output = trivet(*arguments).output
         for command in ("run", "sft", "reward", "ppo", "evaluate", "data", "doctor", "promote", "rollback", "up"):
             assert f" {command} " in output
-        for command in ("report", "runs", "show", "judge-pairs", "learning-curve", "chat", "generate", "export"):
+        for command in (
+            "report",
+            "runs",
+            "show",
+            "judge-pairs",
+            "learning-curve",
+            "lm-eval",
+            "chat",
+            "generate",
+            "export",
+        ):
             assert f" {command} " in output
 
 

@@ -52,6 +52,7 @@ NOT_RUN = {
     r"trivet rollback\b": "needs two promoted versions; tests/pipeline/test_registry.py has them",
     r"trivet (chat|generate|export)\b": "needs minutes for all forms; tests/flows/test_using_docs.py runs them",
     r"trivet learning-curve\b": "trains; tests/flows/test_learning_curve.py runs it",
+    r"trivet lm-eval\b|lm_eval ": "needs an extra and the hub's data; tests/stages/test_lm_tasks.py has local ones",
     r"trivet doctor\b": "starts Prefect and asks the hub; tests/flows/test_doctor.py runs its checks",
     r"prefect ": "needs a running server; the help of each command is asked for its options, and"
     " tests/flows/test_prefect_docs.py compares the names of deployments",
@@ -92,6 +93,7 @@ PROGRAMS = (
     "pip",
     "cp",
     "tensorboard",
+    "lm_eval",
     "vllm",
     "srun",
     "scontrol",
