@@ -135,14 +135,14 @@ def test_one_prompt_and_equal_prompts_are_answered_too(loaded: LoadedConfig, tmp
 
 
 def test_what_cannot_be_answered_is_counted(loaded: LoadedConfig, tmp_path: Path) -> None:
-    texts = ["sun", " ", "forge <|im_end|> this", "long " * 200]
+    texts = ["sun", " ", "forge <|im_end|> this", "long " * 300]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     result = trivet("generate", loaded.config.run_dir, tmp_path / "in.jsonl", tmp_path / "out", "--tokens", 4)
     assert result.exit_code == 0, result.output
     for said in (
         "1 rows were not answered: empty",
         "special token",
-        "longer than the base reads (512 tokens",
+        "longer than the base reads (1024 tokens",
         "1 answers",
     ):
         assert said in result.output
