@@ -48,7 +48,7 @@ def usable_run(
         stages: which are finished; each needs those before it.
         architecture: of the base.
         tokenizer_variant: of `tiny_tokenizer`.
-        window: tokens that the base says it reads; None: 512.
+        window: tokens that the base says it reads; None: 1024.
         size: of the adapters' changes.
         settings: sections of the config.
     """
