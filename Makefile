@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 # Touched when the installation is complete; it is made again when what it depends on has changed.
 STAMP := $(VENV)/installed
 PYTEST_ARGS ?=
-# A process a core, four at the most: some tests start several processes of their own. The tests of a file share what
-# is dear to make, so that a file stays whole; the slow ones come first.
-PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-BENCH_ARGS ?=
+# Some tests start several processes of their own, so that more than two at once ask for many cores. The tests of a file
+# share what is dear to make, so that a file stays whole; the slow ones come first.
+TEST_PROCESSES ?= 2
+PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
