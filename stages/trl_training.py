@@ -98,7 +98,8 @@ class TrainingReport(TrainerCallback):  # type: ignore[misc]
         self._stack = ExitStack()
         self._progress: Progress | None = None
         self._writer: MetricsWriter | None = None
-        self._tokens, self._logged_at = 0.0, 0.0
+        self._tokens: float | None = None
+        self._logged_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +112,8 @@ class TrainingReport(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # What was done before a checkpoint took its time in another process: no rate until the next line.
+        self._tokens = 0.0 if state.global_step == 0 else None
         self._logged_at = time.monotonic()
         self._progress = self._stack.enter_context(progress(state.max_steps, self._stage, done=state.global_step))
         if state.is_world_process_zero:
@@ -137,7 +140,9 @@ class TrainingReport(TrainerCallback):  # type: ignore[misc]
             figures = {name: value for name, value in logs.items() if name not in _NOT_A_METRIC}
             if "num_tokens" in logs:
                 now = time.monotonic()
-                figures["tokens_per_second"] = (logs["num_tokens"] - self._tokens) / max(now - self._logged_at, 1e-9)
+                if self._tokens is not None:
+                    seconds = max(now - self._logged_at, 1e-9)
+                    figures["tokens_per_second"] = (logs["num_tokens"] - self._tokens) / seconds
                 self._tokens, self._logged_at = logs["num_tokens"], now
             self._writer.write(state.global_step, figures)
         if not math.isfinite(logs.get("eval_loss", 0.0)):

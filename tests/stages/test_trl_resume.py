@@ -116,6 +116,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def test_tokens_of_another_process_are_in_no_rate(tmp_path: Path) -> None:
+    loaded = config(tmp_path, "sft")
+    with killed("on_step_begin", 4):
+        run("sft", loaded)
+    run("sft", loaded)
+    rows = read_metrics(RunDirectory(loaded.config.run_dir).metrics("sft"))
+    assert [(row["step"], "tokens_per_second" in row) for row in rows if "loss" in row] == [
+        (3, True),
+        (6, False),  # steps 5 and 6 alone had a time here
+        (9, True),
+        (11, True),
+    ]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path: Path, variant: str) -> None:
     stage, training = VARIANTS[variant]
