@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 # Touched when the installation is complete; it is made again when what it depends on has changed.
 STAMP := $(VENV)/installed
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # Some tests start several processes of their own, so that more than two at once ask for many cores. The tests of a file
 # share what is dear to make, so that a file stays whole; the slow ones come first.
 TEST_PROCESSES ?= 2

@@ -50,7 +50,6 @@ class StageClock:
             if earlier["inputs_digest"] == inputs_digest:
                 last_sign = max(file.stat().st_mtime for file in files)
                 self.before = float(earlier["before"]) + max(0.0, last_sign - float(earlier["started"]))
-        path.parent.mkdir(parents=True, exist_ok=True)
         began = time.time() - (time.monotonic() - self.started)
         write_json(path, {"inputs_digest": inputs_digest, "before": self.before, "started": began})
 
