@@ -37,15 +37,17 @@ def run_stage(stage: StageName, config: Path, *overrides: str) -> None:
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
-def measure(config: Path, start: RunDirectory, folder: Path, seed: int, overrides: Sequence[str]) -> dict[str, float]:
-    """PPO and evaluation of one seed, from the SFT and reward adapters of `start`."""
+def measure(
+    config: Path, start: RunDirectory, parents: Sequence[StageName], folder: Path, seed: int, overrides: Sequence[str]
+) -> dict[str, float]:
+    """PPO and evaluation of one seed, from the parents' results in `start`."""
     run = RunDirectory(folder)
-    parents: list[StageName] = [stage for stage in ("sft", "reward") if start.stage(stage).exists()]  # type: ignore[misc]
     for parent in parents:
         if not run.stage(parent).exists():
             shutil.copytree(start.stage(parent), run.stage(parent))
-    for stage in ("ppo", "evaluate"):
-        run_stage(stage, config, f"run_dir={folder}", f"seed={seed}", *overrides)  # type: ignore[arg-type]
+    own = (f"run_dir={folder}", f"seed={seed}", *overrides)
+    run_stage("ppo", config, *own)
+    run_stage("evaluate", config, *own)
     found, ppo = (read_json(run.stage(stage) / "trivet.json") for stage in ("evaluate", "ppo"))
     metrics: Any = found["metrics"]
     return {
@@ -83,14 +85,15 @@ def main() -> None:
         parser.error(f"no such variant: {', '.join(sorted(unknown))}")
 
     start = RunDirectory(folder / "start")
-    for stage in stages_of(load_config(arguments.config).config):
-        if stage in ("sft", "reward"):
-            run_stage(stage, arguments.config, f"run_dir={start.root}")
+    parents = [stage for stage in stages_of(load_config(arguments.config).config) if stage in ("sft", "reward")]
+    for stage in parents:
+        run_stage(stage, arguments.config, f"run_dir={start.root}")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for seed in seeds:
         for name in chosen:
             place = folder / f"{name}-{seed}"
-            found[name].append({"seed": seed} | measure(arguments.config, start, place, seed, VARIANTS[name]))
+            figures = measure(arguments.config, start, parents, place, seed, VARIANTS[name])
+            found[name].append({"seed": seed} | figures)
             (folder / "quality.json").write_text(json.dumps(found, indent=2) + "\n")
     print("| critic and path | seeds | PPO's seconds | gold win rate over SFT | gold score | KL | peak MB |")
     print("|---|---|---|---|---|---|---|")

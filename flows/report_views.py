@@ -347,10 +347,10 @@ def task_rows(state: RunState) -> list[TaskRow]:
         for score in speaker.scores:
             found.setdefault(score.setting, {})[speaker.who] = score
     rows = []
-    for setting, scores in found.items():
+    for scores in found.values():
         first = next(iter(scores.values()))
         values: dict[str, str] = {who: _score_text(scores[who]) if who in scores else _NOTHING for who in SPEAKERS}
-        examples = str(setting[5]) if setting[5] != "None" else _NOTHING
+        examples = first.examples or _NOTHING
         late = [who for who in scores if who in outdated]
         rows.append(TaskRow(first.task, first.metric, first.rows, examples, values, late))
     return sorted(rows, key=lambda row: (row.task, row.metric, row.rows))

@@ -11,8 +11,9 @@ from typing import Any
 class TaskScore:
     """One metric of one task.
 
-    `error` is its standard error, None where the harness gives none; `setting` is what must be the same for two scores
-    to stand side by side: task, version, metric, filter, number of rows, examples in the prompt, chat template or not.
+    `error` is its standard error, None where the harness gives none; `examples` how many stand in the prompt, in words,
+    None where nothing is said of it; `setting` is what must be the same for two scores to stand side by side: task,
+    version, metric, filter, number of rows, examples in the prompt, chat template or not.
     """
 
     task: str
@@ -20,6 +21,7 @@ class TaskScore:
     value: float
     error: float | None
     rows: int
+    examples: str | None
     higher_is_better: bool | None
     setting: tuple[object, ...]
 
@@ -63,6 +65,7 @@ def _scores(name: str, task: Any) -> Iterator[TaskScore]:
             value=float(value),
             error=float(error) if isinstance(error, (int, float)) and not isinstance(error, bool) else None,
             rows=rows,
+            examples=None if task.get("examples") is None else str(task["examples"]),
             higher_is_better=better if isinstance(better, bool) else None,
             setting=(
                 name,

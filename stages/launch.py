@@ -505,9 +505,12 @@ _LESS_MEMORY = {
 
 
 def _was_killed(code: int, launcher_report: Sequence[str]) -> bool:
-    """Whether the first process to go was killed from outside, as far as the launcher tells."""
-    root_cause = "\n".join(launcher_report).partition("Root Cause")[2]
-    return code == 128 + signal.SIGKILL or re.search(r"exitcode\s*: -9\b", root_cause) is not None
+    """Whether a process was killed from outside, as far as the launcher tells.
+
+    It lists those that had ended when it looked. The others, which it ends itself, are not among them; one that misses
+    the killed one may be, and even be called the root cause.
+    """
+    return code == 128 + signal.SIGKILL or re.search(r"exitcode\s*: -9\b", "\n".join(launcher_report)) is not None
 
 
 def _told(error_path: Path) -> dict[str, Any]:

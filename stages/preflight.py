@@ -74,7 +74,7 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
     from pipeline.chat import ChatFormat
     from pipeline.data_report import warnings
     from pipeline.datasets import load_instructions, load_preferences, load_prompts
-    from pipeline.distributed import World, this_device
+    from pipeline.distributed import this_device
     from pipeline.engines import require_engine
     from pipeline.rewards import RewardFunction, RewardSum
     from pipeline.trackers import require_trackers
@@ -104,7 +104,7 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
         if gold and "evaluate" in stages:
             gold.probe(prompts.held_out)
     if "evaluate" in stages and config.evaluate.judges:
-        require_judges(config, base_identity(config.base, chat, World().device))
+        require_judges(config, base_identity(config.base, chat, this_device()))
     return list(warnings(instructions, prompts, preferences))
 
 

@@ -88,14 +88,15 @@ def test_policy_and_critic_are_those_of_one_process_that_was_never_stopped(folde
 def test_the_figures_are_those_of_one_process_that_was_never_stopped(folder: Path, chain: str, stage: Any) -> None:
     """Each line of metrics, also one of steps that two starts made, but for times and what each process measures.
 
-    Nor is an epoch's share the same: several processes fill up its last batch (29 rows here).
+    Nor is an epoch's share the same: several processes fill up its last batch (29 rows here). The rate is left out of a
+    line that two starts share.
     """
     own = ("seconds", "tokens", "memory", "time", "padding", "sampler", "epoch")
     ours, wanted = (read_metrics(RunDirectory(folder / name / stage).metrics(stage)) for name in (chain, "straight"))
     assert [row["step"] for row in ours] == [row["step"] for row in wanted] == ([1, 2, 3] if stage == "ppo" else [2, 4])
     manifests = [read_manifest(result(folder, name, stage)).metrics for name in (chain, "straight")]
     for found, expected in [*zip(ours, wanted, strict=True), manifests]:
-        assert set(found) == set(expected)
+        assert set(found) | {"tokens_per_second"} == set(expected) | {"tokens_per_second"}
         for name, value in expected.items():
             if not name.startswith(own):
                 assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name

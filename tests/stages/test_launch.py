@@ -201,17 +201,25 @@ def test_running_out_of_memory_names_the_setting(tmp_path: Path) -> None:
         assert setting in (error.remedy or "")
 
 
-def test_of_two_processes_the_killed_one_is_to_blame(tmp_path: Path, stage_module: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("launcher", ["watches", "sees both ends at once"])
+def test_of_two_processes_the_killed_one_is_to_blame(
+    tmp_path: Path, stage_module: Callable[[str], str], launcher: str
+) -> None:
     light_config(tmp_path)
     name = stage_module(
-        """
-        import os, signal
+        f"""
+        import os, signal, subprocess
         from accelerate import Accelerator
         from stages.command import stage_main
         def run(loaded, run):
             accelerator = Accelerator()
             assert accelerator.num_processes == 2 and accelerator.device.type == "cpu"
-            os.write(1, f"here is {accelerator.process_index}\\n".encode())
+            open({str(tmp_path)!r} + f"/here-is-{{accelerator.process_index}}", "x").close()
+            accelerator.wait_for_everyone()
+            if {launcher != "watches"} and accelerator.process_index == 0:
+                held = os.getppid()
+                os.kill(held, signal.SIGSTOP)
+                subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {{held}}"], start_new_session=True)
             accelerator.wait_for_everyone()
             if accelerator.process_index == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -221,7 +229,7 @@ def test_of_two_processes_the_killed_one_is_to_blame(tmp_path: Path, stage_modul
     )
     settings = LaunchSettings(processes=2)
     seen = start(tmp_path, name, launch=settings, overrides=["launch.processes=2"])
-    assert {"here is 0", "here is 1"} <= set(seen.lines)
+    assert {path.name for path in tmp_path.glob("here-is-*")} == {"here-is-0", "here-is-1"}
     assert "a process of the sft stage was killed, as happens where the system runs out of memory" in str(seen.error)
     assert not any("ChildFailedError" in line for line in seen.lines)
     assert "ChildFailedError" in seen.log
