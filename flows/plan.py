@@ -11,38 +11,19 @@ from pipeline.errors import ConfigError
 from pipeline.memory_advice import Verdict, judge, share_of_machine
 from pipeline.memory_plan import StagePlan, device_bytes, fits
 from pipeline.model_shape import ModelShape, shape_of
-from stages.launcher_file import ABLE, read_launcher_file, stages_able
+from stages.launcher_file import read_launcher_file
 
 
 def with_launcher_file(config: PipelineConfig) -> PipelineConfig:
     """The config with the processes and the sharing that its own Accelerate file asks for.
 
     Raises:
-        ConfigError: the file is none, or asks for a sharing that is not reckoned with.
+        ConfigError: the file is none, or asks for a sharing that no stage knows.
     """
     path = config.launch.accelerate_config
     if path is None:
         return config
-    launcher = read_launcher_file(path)
-    if launcher.kind not in ("none", "ddp", "fsdp", "deepspeed_zero2"):
-        raise ConfigError(
-            f"the memory of {launcher.kind.upper()} is not reckoned with",
-            where=launcher.where,
-            remedy="Plan with DDP or FSDP2: a file of configs/accelerate/, or the launch section.",
-        )
-    # ZeRO-2 shares the optimizer's state alone, which with adapters is next to nothing: as DDP, a little less.
-    strategy = {"none": "auto", "fsdp": "fsdp"}.get(launcher.kind, "ddp")
-    launch = config.launch.model_copy(
-        update={
-            "accelerate_config": None,
-            "processes": launcher.processes,
-            "machines": launcher.machines,
-            "strategy": strategy if launcher.world_size > 1 else "auto",
-            "cpu_offload": launcher.offload,
-            "reshard_after_forward": launcher.reshard,
-        }
-    )
-    return config.model_copy(update={"launch": launch})
+    return config.model_copy(update={"launch": read_launcher_file(path).as_section(config.launch)})
 
 
 def card_for(config: PipelineConfig, card: str | None, memory: str | None) -> Card:
@@ -100,7 +81,6 @@ def as_json(shape: ModelShape, card: Card, verdict: Verdict) -> dict[str, Any]:
             for stage, plan in verdict.plans.items()
         },
         "changes": None if changes is None else [{"settings": one.settings, "cost": one.cost} for one in changes],
-        "able": list(stages_able(verdict.strategy)),
     }
 
 
@@ -132,10 +112,6 @@ def plan_lines(shape: ModelShape, card: Card, verdict: Verdict) -> Iterator[str]
         yield "The cheapest change that makes it fit:"
         for change in verdict.changes:
             yield f"  {change.text}   ({change.cost})"
-    unable = [stage for stage in plans if stage not in ABLE[verdict.strategy]]
-    if unable:
-        yield ""
-        yield f"Not yet: {', '.join(unable)} cannot run with {verdict.strategy.upper()}; this is what it would take."
 
 
 def side_by_side_lines(config: PipelineConfig, card: Card, verdict: Verdict) -> Iterator[str]:

@@ -43,8 +43,15 @@ def sharers(world: World, base: BaseSettings) -> World | None:
     Call it before the base is loaded.
 
     Raises:
-        ConfigError: the base's weights are such as FSDP does not share out.
+        ConfigError: the base's weights are such as FSDP does not share out, or DeepSpeed's engine is asked for.
     """
+    if _switch("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "the launcher asks for DeepSpeed's engine, which no stage works with",
+            where="ACCELERATE_USE_DEEPSPEED",
+            remedy="Give the launcher's file to trivet itself (launch.accelerate_config=FILE), which shares the model"
+            " out as the file says by other means.",
+        )
     if world.size == 1 or not _switch(_ASKED):
         return None
     if base.quantization == "int8" or (base.quantization == "nf4" and base.quant_storage == "uint8"):

@@ -126,7 +126,7 @@ def ensure_stage(
         return stage_result(stage, run, current, cached=True, reason=reason)
     if current is not None:
         reason = "run again on demand"
-    require_launchable(loaded.config, [stage])
+    require_launchable(loaded.config)
     launch, choice = resolve(loaded.config)
     if choice is not None:
         on_line(choice)

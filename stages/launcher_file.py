@@ -1,13 +1,15 @@
 """What Accelerate is told: a launcher file made from the config's `launch` section, or an own one, read and checked.
 
-A launcher file says how processes are started and how they share the model, and nothing that a result depends on. What
-the stages cannot do yet is refused here, in `ABLE`, and nowhere else. Nothing here imports torch.
+A launcher file says how processes are started and how they share the model, and nothing that a result depends on. Of
+DeepSpeed's files that much is followed, with PyTorch's own means: its engine would take over the optimizer's steps, and
+its checkpoints are pickles. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,26 +22,13 @@ from pipeline.errors import ConfigError, TrivetError
 from pipeline.memory_advice import choose_strategy
 from pipeline.memory_plan import Sharding
 from pipeline.model_shape import shape_of
-from pipeline.run_directory import STAGES, StageName
 
-Kind = Literal["none", "ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3", "megatron_lm"]
+Kind = Literal["none", "ddp", "fsdp"]
 
-ABLE: Mapping[Kind, frozenset[str]] = {
-    "none": frozenset(STAGES),
-    "ddp": frozenset(STAGES),
-    "fsdp": frozenset(STAGES),
-    "deepspeed_zero2": frozenset(),
-    "deepspeed_zero3": frozenset(),
-    "megatron_lm": frozenset(),
+_NO_STAGE_CAN = {
+    "MEGATRON_LM": "the stages know no other model than transformers'",
+    "XLA": "the stages compute on GPUs, or on CPUs",
 }
-"""Which stages work with which way of sharing the model. A kind is let through by naming the stages here."""
-
-_WHY_NOT: Mapping[Kind, str] = {
-    "deepspeed_zero2": "the stages step their optimizer themselves",
-    "deepspeed_zero3": "the stages hold the base whole on each GPU, and DeepSpeed would split its packed weights",
-    "megatron_lm": "the stages know no other model than transformers'",
-}
-_SHARDING: Mapping[Sharding, Kind] = {"none": "none", "ddp": "ddp", "fsdp": "fsdp"}
 _MAKE_ONE = "Make one with `accelerate config --config_file FILE`, or take one of configs/accelerate/."
 
 
@@ -48,7 +37,8 @@ class Launcher:
     """How processes start: on `machines` machines `processes` each, sharing the model as `kind` says.
 
     For FSDP, `offload` keeps shares in main memory, and `reshard` gives a layer up after its forward pass.
-    `mixed_precision` is Accelerate's word for what the base computes in.
+    `mixed_precision` is Accelerate's word for what the base computes in. `machine_rank`, `main_address` and `main_port`
+    are as in the launch section. `zero` is the stage of DeepSpeed's ZeRO that a file asks for; None where it does not.
     """
 
     kind: Kind
@@ -58,6 +48,27 @@ class Launcher:
     offload: bool = False
     reshard: bool = True
     mixed_precision: Any = "no"
+    machine_rank: int = 0
+    main_address: str | None = None
+    main_port: int | None = None
+    zero: int | None = None
+
+    def as_section(self, launch: LaunchSettings) -> LaunchSettings:
+        """The launch section that starts the same; what a file does not say is as in `launch`."""
+        several = self.world_size > 1
+        found: dict[str, Any] = {
+            "accelerate_config": None,
+            "processes": self.processes,
+            "machines": self.machines,
+            "machine_rank": self.machine_rank,
+            "main_address": self.main_address,
+            "main_port": self.main_port or launch.main_port,
+            "strategy": self.kind if several and self.kind != "none" else "auto",
+            "mixed_precision": self.mixed_precision,
+            "cpu_offload": several and self.offload,
+            "reshard_after_forward": not several or self.reshard,
+        }
+        return launch.model_copy(update=found)
 
     @property
     def world_size(self) -> int:
@@ -112,9 +123,12 @@ def read_launcher_file(path: str | Path) -> Launcher:
         raise ConfigError("there is no such file", where=where, remedy=_MAKE_ONE)
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        kind = _kind(settings)
+        name = str(settings.get("distributed_type", "NO")).upper()
+        zero = _read_zero(settings, Path(path), where) if name == "DEEPSPEED" else None
         machines = max(1, int(settings.get("num_machines") or 1))
-        processes = max(1, int(settings.get("num_processes") or 1)) // machines
+        processes = max(1, max(1, int(settings.get("num_processes") or 1)) // machines)
+        rank, port = int(settings.get("machine_rank") or 0), settings.get("main_process_port")
+        address = settings.get("main_process_ip")
         fsdp = settings.get("fsdp_config") or {}
         offload = _is_on(fsdp.get("fsdp_offload_params", False))
         reshard = _is_on(fsdp.get("fsdp_reshard_after_forward", True))
@@ -123,8 +137,68 @@ def read_launcher_file(path: str | Path) -> Launcher:
         raise ConfigError(
             f"it is no Accelerate config: {str(error).splitlines()[0]}", where=where, remedy=_MAKE_ONE
         ) from None
-    offload, reshard = offload and kind == "fsdp", reshard or kind != "fsdp"
-    return Launcher(kind, max(1, processes), machines, where, offload, reshard, precision)
+    if name in _NO_STAGE_CAN:
+        raise ConfigError(
+            f"it asks for {name}, which no stage can do: {_NO_STAGE_CAN[name]}",
+            where=where,
+            remedy="Set distributed_type to MULTI_GPU or FSDP there, or take a file of configs/accelerate/.",
+        )
+    kind: Kind = "fsdp" if name == "FSDP" or (zero is not None and zero.stage == 3) else "ddp"
+    if name == "NO" or (zero is not None and machines * processes == 1):
+        kind = "none"
+    if zero is not None:
+        if machines > 1 and not address:
+            raise ConfigError(
+                "it does not say where machine 0 is", where=where, remedy="Give main_process_ip, and main_process_port."
+            )
+        offload = zero.offload
+    return Launcher(
+        kind,
+        processes,
+        machines,
+        where,
+        offload=offload and kind == "fsdp",
+        reshard=reshard or kind != "fsdp",
+        mixed_precision=precision,
+        machine_rank=rank,
+        main_address=None if address is None else str(address),
+        main_port=None if port is None else int(port),
+        zero=None if zero is None else zero.stage,
+    )
+
+
+@dataclass(frozen=True)
+class _Zero:
+    """What a file says of DeepSpeed's ZeRO: its stage, and whether shares of the weights lie in main memory."""
+
+    stage: int
+    offload: bool
+
+
+def _read_zero(settings: Mapping[str, Any], path: Path, where: str) -> _Zero:
+    """DeepSpeed's part of a file, or of the JSON that it names. Hyperparameters in there count for nothing."""
+    given = settings.get("deepspeed_config") or {}
+    launcher = str(given.get("deepspeed_multinode_launcher") or "standard")
+    if launcher != "standard" and int(settings.get("num_machines") or 1) > 1:
+        raise ConfigError(
+            f"it has {launcher} start the processes of all machines",
+            where=where,
+            remedy="Set deepspeed_multinode_launcher: standard there, and start the same command on each machine.",
+        )
+    if named := given.get("deepspeed_config_file"):
+        places = [Path(named), path.parent / named]  # Accelerate looks in the working directory
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise ConfigError(f"there is no '{named}', which it names", where=where, remedy="Correct the path there.")
+        optimization = json.loads(found.read_text(encoding="utf-8")).get("zero_optimization") or {}
+        stage, place = optimization.get("stage", 0), (optimization.get("offload_param") or {}).get("device")
+    else:
+        stage, place = given.get("zero_stage", 2), given.get("offload_param_device")
+    if place not in (None, "none", "cpu"):
+        raise ConfigError(
+            f"it wants the weights on '{place}'", where=where, remedy="A share lies on its GPU or, with cpu, in memory."
+        )
+    return _Zero(int(stage), place == "cpu")
 
 
 def _word(precision: Any) -> str:
@@ -137,33 +211,35 @@ def _is_on(value: Any) -> bool:
     return str(value).lower() in ("1", "true", "full_shard")
 
 
-def _kind(settings: Mapping[str, Any]) -> Kind:
-    name = str(settings.get("distributed_type", "NO")).upper()
-    if name == "DEEPSPEED":
-        stage = int((settings.get("deepspeed_config") or {}).get("zero_stage", 2))
-        return "deepspeed_zero3" if stage == 3 else "deepspeed_zero2"
-    if name == "FSDP":
-        return "fsdp"
-    if name == "MEGATRON_LM":
-        return "megatron_lm"
-    return "none" if name == "NO" else "ddp"
-
-
 def resolve(config: PipelineConfig) -> tuple[LaunchSettings, str | None]:
     """The section with `auto` decided, by the cards that are here or the one that `launch.card` names.
 
+    What a DeepSpeed file asks for becomes a section too.
+
     Returns:
-        the settings, and the reason for the choice as a sentence; None where there was nothing to choose.
+        the settings, and what was decided and why as a sentence; None where there was nothing to decide.
 
     Raises:
-        ConfigError: the card is unknown.
+        ConfigError: the card is unknown, or the file is none.
     """
     launch = config.launch
-    if launch.strategy != "auto" or launch.world_size == 1 or launch.accelerate_config is not None:
+    if launch.accelerate_config is not None:
+        launcher = read_launcher_file(launch.accelerate_config)
+        return (launch, None) if launcher.zero is None else (launcher.as_section(launch), _of_zero(launcher))
+    if launch.strategy != "auto" or launch.world_size == 1:
         return launch, None
     strategy, reason = _choice(config)
     chosen = launch.model_copy(update={"strategy": strategy})
     return chosen, f"launch.strategy=auto is {strategy}: {reason}."
+
+
+def _of_zero(launcher: Launcher) -> str:
+    how = {
+        "none": "with one process there is nothing to share out",
+        "ddp": "it runs as DDP, and what ZeRO would share out, the adapters' gradients and moments, each GPU has whole",
+        "fsdp": "it runs as FSDP2, with a share of the base on each GPU",
+    }[launcher.kind]
+    return f"{launcher.where} asks for DeepSpeed's ZeRO-{launcher.zero}: {how}."
 
 
 def _choice(config: PipelineConfig) -> tuple[Sharding, str]:
@@ -190,30 +266,22 @@ def card_of(config: PipelineConfig) -> Card | None:
     return min(cards_here(), key=lambda card: card.memory_bytes, default=None)
 
 
-def require_launchable(config: PipelineConfig, stages: Sequence[str]) -> Launcher:
+def require_launchable(config: PipelineConfig) -> Launcher:
     """Refuse, before anything is loaded, a launch that cannot work.
 
     Raises:
         ConfigError: more processes than GPUs, batches that the file's processes cannot share, weights that FSDP cannot
-            share out, or a way of sharing the model that a stage does not know.
+            share out, or a way of sharing the model that no stage knows.
     """
     if config.launch.accelerate_config is not None:
         launcher = read_launcher_file(config.launch.accelerate_config)
     else:
         launch, _ = resolve(config)
-        kind = _SHARDING["none" if launch.world_size == 1 else "fsdp" if launch.strategy == "fsdp" else "ddp"]
+        kind: Kind = "none" if launch.world_size == 1 else "fsdp" if launch.strategy == "fsdp" else "ddp"
         precision = launch.mixed_precision
         launcher = Launcher(kind, launch.processes, launch.machines, "launch", mixed_precision=precision)
     _require_gpus(launcher)
     _require_agreement(config, launcher)
-    unable = [stage for stage in stages if stage not in ABLE[launcher.kind]]
-    if unable:
-        raise ConfigError(
-            f"it asks for {launcher.kind.upper()}, which {' and '.join(unable)} cannot do: {_WHY_NOT[launcher.kind]}",
-            where=launcher.where,
-            remedy="Set launch.strategy=ddp (in a file of your own, distributed_type: MULTI_GPU), and"
-            " base.quantization=nf4 if the base is too large; trivet plan CONFIG shows what fits.",
-        )
     return launcher
 
 
@@ -229,14 +297,7 @@ def _require_gpus(launcher: Launcher) -> None:
 
 def _require_agreement(config: PipelineConfig, launcher: Launcher) -> None:
     """The section's own settings are checked with the config; what a file or `auto` comes to is known only here."""
-    strategy = launcher.kind if launcher.kind in ("ddp", "fsdp") and launcher.world_size > 1 else "auto"
-    as_section = LaunchSettings.model_construct(
-        processes=launcher.processes,
-        machines=launcher.machines,
-        main_address="machine-0",
-        strategy=strategy,
-        mixed_precision=launcher.mixed_precision,
-    )
+    as_section = launcher.as_section(LaunchSettings()).model_copy(update={"main_address": "machine-0"})
     other = config.model_copy(update={"launch": as_section})
     known = set(config.contradictions())
     faults = [fault for fault in other.contradictions() if fault not in known]
@@ -246,8 +307,3 @@ def _require_agreement(config: PipelineConfig, launcher: Launcher) -> None:
             where=launcher.where,
             remedy="Change the setting as said, or how the launcher starts the processes.",
         )
-
-
-def stages_able(kind: Kind) -> tuple[StageName, ...]:
-    """The stages that work with a way of sharing the model."""
-    return tuple(stage for stage in STAGES if stage in ABLE[kind])

@@ -82,7 +82,7 @@ def check(loaded: LoadedConfig, stages: Sequence[str]) -> list[str]:
     from stages.judges import require_judges
 
     config = loaded.config
-    launcher = require_launchable(config, stages)
+    launcher = require_launchable(config)
     require_agreed_dtype(config.base, this_device(), launcher.mixed_precision)
     require_trackers(config)
     require_lengths_that_fit(config, stages)

@@ -1788,16 +1788,23 @@ TABLE = (
     Mutation(
         "a stage alone is started whatever its launcher asks for",
         "stages/launch.py",
-        "    require_launchable(loaded.config, [stage])\n",
+        "    require_launchable(loaded.config)\n",
         "",
         ("tests/stages/test_launcher_file.py::test_a_stage_alone_is_refused_before_its_processes_start",),
     ),
     Mutation(
-        "stages are started sharded that cannot be",
+        "what no stage can do is started",
         "stages/launcher_file.py",
-        "    if unable:\n",
+        "    if name in _NO_STAGE_CAN:\n",
         "    if False:\n",
-        ("tests/stages/test_launcher_file.py::test_what_the_stages_cannot_do_is_refused_in_one_place",),
+        ("tests/stages/test_launcher_file.py::test_what_no_stage_can_do_is_refused",),
+    ),
+    Mutation(
+        "DeepSpeed's ZeRO-3 keeps the whole base on each GPU",
+        "stages/launcher_file.py",
+        "zero.stage == 3",
+        "zero.stage == 4",
+        ("tests/stages/test_launcher_file.py::test_what_a_deepspeed_file_asks_for_is_done_with_pytorchs_own_means",),
     ),
     Mutation(
         "machines are not counted as processes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from tiny_models import tiny_config
 from pipeline import cards
 from pipeline.cards import Card
 from pipeline.config import LaunchSettings, PipelineConfig
+from pipeline.distributed import World
 from pipeline.errors import ConfigError
 from pipeline.run_directory import STAGES, StageName
+from pipeline.sharding import sharers
 from stages import launcher_file as module
 from stages.launch import ensure_stage
 from stages.launcher_file import launcher_settings, read_launcher_file, require_launchable, resolve
@@ -63,8 +66,8 @@ def test_every_launcher_file_is_one_and_has_no_hyperparameters(path: Path) -> No
     launcher = read_launcher_file(path)
     assert launcher.world_size == arguments.num_processes
     assert launcher.machines == (arguments.num_machines or 1)
-    assert (launcher.kind == "fsdp") == bool(arguments.use_fsdp)
-    assert launcher.kind.startswith("deepspeed") == bool(arguments.use_deepspeed)
+    assert (launcher.zero is not None) == bool(arguments.use_deepspeed)
+    assert (launcher.kind == "fsdp") == bool(arguments.use_fsdp or launcher.zero == 3)
     assert arguments.mixed_precision == "no"
     words = path.read_text()
     assert not [word for word in ("learning_rate", "batch_size", "max_length", "optimizer") if f"{word}:" in words]
@@ -92,10 +95,10 @@ def test_a_file_and_the_base_must_agree_on_the_arithmetic(tmp_path: Path) -> Non
         tree = config(accelerate_config=str(own)).model_dump(exclude_unset=True)
         tree["base"]["dtype"] = dtype
         if fault is None:
-            assert require_launchable(PipelineConfig.model_validate(tree), STAGES).mixed_precision == "fp16"
+            assert require_launchable(PipelineConfig.model_validate(tree)).mixed_precision == "fp16"
             continue
         with pytest.raises(ConfigError, match=f"own.yaml: .*{fault}"):
-            require_launchable(PipelineConfig.model_validate(tree), STAGES)
+            require_launchable(PipelineConfig.model_validate(tree))
 
 
 def test_there_is_a_file_for_each_way() -> None:
@@ -133,31 +136,101 @@ def test_auto_is_decided_by_the_smallest_card_and_says_why(monkeypatch: pytest.M
 
 def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 80, 80)
-    assert require_launchable(config("Qwen/Qwen2.5-14B", processes=2), STAGES).kind == "ddp"
+    assert require_launchable(config("Qwen/Qwen2.5-14B", processes=2)).kind == "ddp"
     with pytest.raises(ConfigError, match=r"launch: 4 processes .* 2 GPU\(s\)") as caught:
-        require_launchable(config("Qwen/Qwen2.5-14B", processes=4), STAGES)
+        require_launchable(config("Qwen/Qwen2.5-14B", processes=4))
     assert "Set launch.processes=2" in str(caught.value)
     (tmp_path / "a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 8\nnum_machines: 2\n")
     with pytest.raises(ConfigError, match=r"a\.yaml: 4 processes"):
-        require_launchable(config(accelerate_config=str(tmp_path / "a.yaml")), STAGES)
+        require_launchable(config(accelerate_config=str(tmp_path / "a.yaml")))
 
 
-def test_what_the_stages_cannot_do_is_refused_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("MEGATRON_LM", "no other model"), ("XLA", "on GPUs")])
+def test_what_no_stage_can_do_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "own.yaml").write_text(f"distributed_type: {name}\nnum_processes: 2\n")
+    with pytest.raises(ConfigError, match=rf"own\.yaml: it asks for {name}, which no stage can do: .*{reason}"):
+        require_launchable(config(accelerate_config=str(tmp_path / "own.yaml")))
+
+
+def test_the_files_at_hand_ask_for_what_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, *[80] * 8)
-    for name in ("deepspeed_zero2", "deepspeed_zero3"):
-        with pytest.raises(ConfigError, match=rf"{name}\.yaml: it asks for {name.upper()}, which sft cannot do"):
-            require_launchable(config(accelerate_config=str(ROOT / f"configs/accelerate/{name}.yaml")), ["sft"])
-    for launch in (
-        {"processes": 8, "strategy": "fsdp"},
-        {"accelerate_config": str(ROOT / "configs/accelerate/fsdp2.yaml")},
-        {"accelerate_config": str(ROOT / "configs/accelerate/fsdp2_offload.yaml")},
-    ):
-        assert require_launchable(config(**launch), STAGES).kind == "fsdp"
-    monkeypatch.setitem(module.ABLE, "fsdp", frozenset({"sft"}))  # type: ignore[index]
-    monkeypatch.setitem(module._WHY_NOT, "fsdp", "of a reason")  # type: ignore[index]
-    assert require_launchable(config(processes=8, strategy="fsdp"), ["sft"]).kind == "fsdp"
-    with pytest.raises(ConfigError, match="which ppo cannot do: of a reason"):
-        require_launchable(config(processes=8, strategy="fsdp"), ["sft", "ppo"])
+    found = {
+        name: require_launchable(config(accelerate_config=str(ROOT / f"configs/accelerate/{name}.yaml")))
+        for name in ("one_gpu", "ddp", "fsdp2", "fsdp2_offload", "deepspeed_zero2", "deepspeed_zero3")
+    }
+    assert {name: launcher.kind for name, launcher in found.items()} == {
+        "one_gpu": "none",
+        "ddp": "ddp",
+        "fsdp2": "fsdp",
+        "fsdp2_offload": "fsdp",
+        "deepspeed_zero2": "ddp",
+        "deepspeed_zero3": "fsdp",
+    }
+    assert [name for name, launcher in found.items() if launcher.offload] == ["fsdp2_offload"]
+    assert require_launchable(config(processes=8, strategy="fsdp")).kind == "fsdp"
+
+
+def deepspeed(folder: Path, processes: int = 8, machines: int = 1, **given: Any) -> PipelineConfig:
+    """A config whose launcher file asks for DeepSpeed."""
+    settings = {"distributed_type": "DEEPSPEED", "num_processes": processes, "num_machines": machines}
+    own = {key: given.pop(key) for key in ("main_process_ip", "main_process_port", "machine_rank") if key in given}
+    (folder / "own.yaml").write_text(yaml.safe_dump(settings | own | {"deepspeed_config": given}))
+    return config(accelerate_config=str(folder / "own.yaml"), timeout=60, card="RTX 4090")
+
+
+def test_what_a_deepspeed_file_asks_for_is_done_with_pytorchs_own_means(tmp_path: Path) -> None:
+    launch, sentence = resolve(deepspeed(tmp_path, zero_stage=3, offload_param_device="cpu"))
+    assert launch == LaunchSettings(processes=8, strategy="fsdp", cpu_offload=True, timeout=60, card="RTX 4090")
+    assert str(sentence).endswith(
+        "own.yaml asks for DeepSpeed's ZeRO-3: it runs as FSDP2, with a share of the base on each GPU."
+    )
+    assert understood_settings(tmp_path, launch) == (8, True, False)
+    for stage in (0, 1, 2):
+        launch, sentence = resolve(deepspeed(tmp_path, zero_stage=stage, offload_param_device="none"))
+        assert launch == LaunchSettings(processes=8, strategy="ddp", timeout=60, card="RTX 4090")
+        assert f"ZeRO-{stage}: it runs as DDP" in str(sentence)
+        assert understood_settings(tmp_path, launch) == (8, False, False)
+    launch, sentence = resolve(deepspeed(tmp_path, processes=1, zero_stage=3, offload_param_device="cpu"))
+    assert launch == LaunchSettings(timeout=60, card="RTX 4090") and "nothing to share out" in str(sentence)
+
+
+def understood_settings(tmp_path: Path, launch: LaunchSettings) -> tuple[int, bool, bool]:
+    found = written(tmp_path, **launch.model_dump())
+    return found.num_processes, found.use_fsdp, found.use_deepspeed
+
+
+def test_deepspeeds_own_json_is_read(tmp_path: Path) -> None:
+    own = {"train_batch_size": "auto", "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    (tmp_path / "ds.json").write_text(json.dumps(own))
+    launch, _ = resolve(deepspeed(tmp_path, deepspeed_config_file="ds.json"))
+    assert (launch.strategy, launch.cpu_offload) == ("fsdp", True)
+    (tmp_path / "ds.json").write_text("{}")
+    assert resolve(deepspeed(tmp_path, deepspeed_config_file=str(tmp_path / "ds.json")))[0].strategy == "ddp"
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(ConfigError, match="it is no Accelerate config"):
+        resolve(deepspeed(tmp_path, deepspeed_config_file="ds.json"))
+    with pytest.raises(ConfigError, match=r"there is no 'nope\.json', which it names"):
+        resolve(deepspeed(tmp_path, deepspeed_config_file="nope.json"))
+
+
+def test_several_machines_of_a_deepspeed_file_start_one_by_one(tmp_path: Path) -> None:
+    where = {"main_process_ip": "node0", "main_process_port": 29501, "machine_rank": 1}
+    launch, _ = resolve(deepspeed(tmp_path, processes=16, machines=2, zero_stage=3, **where))
+    assert (launch.processes, launch.machines, launch.machine_rank) == (8, 2, 1)
+    assert (launch.main_address, launch.main_port) == ("node0", 29501)
+    with pytest.raises(ConfigError, match="it does not say where machine 0 is"):
+        resolve(deepspeed(tmp_path, processes=16, machines=2, zero_stage=3))
+    with pytest.raises(ConfigError, match="it has pdsh start the processes of all machines"):
+        resolve(deepspeed(tmp_path, processes=16, machines=2, deepspeed_multinode_launcher="pdsh", **where))
+    with pytest.raises(ConfigError, match="it wants the weights on 'nvme'"):
+        resolve(deepspeed(tmp_path, zero_stage=3, offload_param_device="nvme"))
+
+
+def test_deepspeeds_engine_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by `accelerate launch` with such a file."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"launch\.accelerate_config=FILE"):
+        sharers(World(), config().base)
 
 
 @pytest.mark.parametrize(
@@ -177,14 +250,14 @@ def test_weights_that_fsdp_cannot_share_out_are_refused_whoever_asks_for_it(
     by_file = PipelineConfig.model_validate(tree)
     assert not list(by_file.contradictions())
     with pytest.raises(ConfigError, match=f"own.yaml: with 2 processes under FSDP: {fault}"):
-        require_launchable(by_file, STAGES)
+        require_launchable(by_file)
     tree["launch"] = {"processes": 2, "strategy": "fsdp"}
     assert fault in "".join(PipelineConfig.model_validate(tree).contradictions())
     tree["launch"] = {"processes": 2}
     with_gpus(monkeypatch, 24, 24)
     monkeypatch.setattr(module, "choose_strategy", lambda *_: ("fsdp", "said so"))
     with pytest.raises(ConfigError, match=f"launch: with 2 processes under FSDP: {fault}"):
-        require_launchable(PipelineConfig.model_validate(tree), STAGES)
+        require_launchable(PipelineConfig.model_validate(tree))
 
 
 def test_an_engine_that_needs_the_whole_base_is_refused_whoever_asks_for_fsdp(tmp_path: Path) -> None:
@@ -195,10 +268,10 @@ def test_an_engine_that_needs_the_whole_base_is_refused_whoever_asks_for_fsdp(tm
         tree["ppo"] = {"rollout": rollout}
         found = PipelineConfig.model_validate(tree)
         if not refused:
-            assert require_launchable(found, STAGES).kind == "fsdp"
+            assert require_launchable(found).kind == "fsdp"
             continue
         with pytest.raises(ConfigError, match=r"own.yaml: with 2 processes under FSDP: ppo.rollout.engine is 'paged'"):
-            require_launchable(found, STAGES)
+            require_launchable(found)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -216,15 +289,17 @@ def test_a_stage_alone_is_refused_before_its_processes_start(
     with_gpus(monkeypatch, *[24] * 8)
     even = [f"{name}.batch_size=16" for name in ("sft", "reward")]
     even += ["ppo.minibatch_size=8", "ppo.held_out.prompts=8"]
-    with pytest.raises(ConfigError, match=rf"it asks for DEEPSPEED_ZERO3, which {stage} cannot do"):
-        ensure_stage(stage, tiny_config(tmp_path, f"launch.accelerate_config={file}", *even), **named)
+    with pytest.raises(ConfigError, match=r"with 8 processes under FSDP: .* 'int8'"):
+        ensure_stage(
+            stage, tiny_config(tmp_path, f"launch.accelerate_config={file}", "base.quantization=int8", *even), **named
+        )
 
 
 def test_a_batch_that_the_files_processes_cannot_share_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 3\n")
     loaded = tiny_config(tmp_path, "launch.accelerate_config=mine.yaml")
     with pytest.raises(ConfigError, match=r"mine\.yaml: with 3 processes under DDP: sft\.batch_size is 4"):
-        require_launchable(loaded.config, STAGES)
+        require_launchable(loaded.config)
 
 
 @pytest.mark.parametrize("text", ["- 1", "num_processes: many", "num_processes: [", "a"])

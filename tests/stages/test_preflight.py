@@ -89,7 +89,6 @@ def test_a_stage_alone_is_checked_alone(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("distributed_type: MEGATRON_LM\n", "MEGATRON_LM"),
-        ("distributed_type: deepspeed\n", "DEEPSPEED"),
         ("- 1", "is no A"),
     ],
 )
