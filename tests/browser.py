@@ -138,11 +138,9 @@ def _tab(port: int) -> str:
 PICTURES = (
     ("overview-light", "#0/overview", 1200, 900, False, False),
     ("overview-dark", "#0/overview", 1200, 900, True, False),
-    ("curves-light", "#0/curves", 1200, 1000, False, False),
     ("curves-dark", "#0/curves", 1200, 1000, True, False),
     ("reward-light", "#0/reward", 1200, 1250, False, False),
     ("samples-dark", "#0/samples", 1200, 800, True, False),
-    ("lineage-light", "#0/lineage", 1200, 800, False, False),
     ("phone-light", "#0/overview", 390, 844, False, True),
     ("phone-dark", "#0/samples", 390, 844, True, True),
 )
