@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flows.curves import Chart, Line, Points, curve
+from flows.verdict import as_estimate
 from pipeline.learning_curve import LearningCurve
 from pipeline.metrics import MetricsRow
 from pipeline.run_state import RunState
@@ -20,7 +22,7 @@ _MOST_DOTS = 1500
 def charts_of(state: RunState) -> dict[str, list[Chart]]:
     """The charts of each stage that has at least two steps to show."""
     made = {
-        "ppo": _ppo(_rows(state, "ppo"), state.config),
+        "ppo": _ppo(_rows(state, "ppo"), state.config, _gold_against_kl(state)),
         "reward": _reward(_rows(state, "reward")),
         "sft": _sft(_rows(state, "sft")),
     }
@@ -88,7 +90,7 @@ def _known(points: Points) -> Points:
     return [(x, y) for x, y in points if y is not None]
 
 
-def _ppo(rows: Sequence[MetricsRow], config: Mapping[str, Any]) -> list[Chart]:
+def _ppo(rows: Sequence[MetricsRow], config: Mapping[str, Any], gold_against_kl: Chart) -> list[Chart]:
     settings = config.get("ppo")
     ppo: Mapping[str, Any] = settings if isinstance(settings, Mapping) else {}
     kl = ppo.get("kl")
@@ -117,6 +119,7 @@ def _ppo(rows: Sequence[MetricsRow], config: Mapping[str, Any]) -> list[Chart]:
             include=(0.0,),
         ),
         _score_against_kl(rows),
+        gold_against_kl,
         _chart(
             rows,
             "Entropy",
@@ -253,6 +256,45 @@ def _score_against_kl(rows: Sequence[MetricsRow]) -> Chart:
         "KL to SFT in nats an answer",
         "What each nat of distance buys. Where the line turns flat or down, the reward model is being exploited.",
     )
+
+
+def _gold_against_kl(state: RunState) -> Chart:
+    """What the gold measure says, which training does not see: while PPO learned, and of the evaluation's answers."""
+    stage = state.stages.get("evaluate")
+    figures: Mapping[str, Any] = stage.figures if stage is not None else {}
+    learning = figures.get("gold_while_learning")
+    rows = learning if isinstance(learning, list) else []
+    best = inside(figures, "best_of_n", "n")
+    named = (
+        ("held out, while it learned", [(inside(row, "kl", "value"), inside(row, "gold")) for row in rows]),
+        (
+            "SFT and PPO, evaluated",
+            [(0.0, _gold(figures, "sft")), (inside(figures, "kl", "value"), _gold(figures, "ppo"))],
+        ),
+        (f"best of {best} of SFT", [(inside(figures, "best_of_n", "kl"), _gold(figures, "best_of_n"))]),
+    )
+    lines = []
+    for colour, (name, pairs) in enumerate(named, 1):
+        known = [
+            (math.sqrt(max(0.0, float(kl))), gold)
+            for kl, figure in pairs
+            if isinstance(kl, (int, float)) and (gold := as_estimate(figure)) is not None
+        ]
+        if known:
+            points = [(x, gold.value) for x, gold in known]
+            ranges = [(gold.low, gold.high) for _, gold in known]
+            lines.append(Line(name, points, "path" if colour == 1 else "dots", colour=colour, ranges=ranges))
+    return Chart(
+        "Gold against KL",
+        "the gold measure's score",
+        lines,
+        "square root of the KL to SFT in nats an answer",
+        "What training does not see. Where it falls while the reward still rises, the reward is over-optimised.",
+    )
+
+
+def _gold(figures: Mapping[str, Any], who: str) -> Any:
+    return inside(figures, "mean_score", "gold", who)
 
 
 def _trainer(rows: Sequence[MetricsRow], title: str, unit: str, about: str, *names: Named, **more: Any) -> Chart:
@@ -405,3 +447,10 @@ def lead_chart(pairs: Sequence[ScoredPair]) -> Chart:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def inside(tree: Any, *keys: str) -> Any:
+    """What lies under these keys, one within the other; None where one is missing."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from flows.curves import Chart
 from flows.gates import verdicts_on
 from flows.pipeline_picture import TITLES, pictures
-from flows.report_charts import calibration_chart, charts_of, compared, lead_chart, learning_chart, length_chart
+from flows.report_charts import calibration_chart, charts_of, compared, inside, lead_chart, learning_chart, length_chart
 from flows.summary import figures_of
 from flows.verdict import Judgement, Verdict, as_estimate, judge_name, score_gap, verdict_of
 from pipeline import scored_pairs
@@ -103,7 +103,7 @@ class RunView:
         if (accuracy := as_estimate(figures.get("reward", {}).get("held_out_accuracy"))) is not None:
             note = f"[{accuracy.low:.2f}, {accuracy.high:.2f}] of {accuracy.n} held-out pairs"
             found.append(("Reward accuracy", f"{accuracy.value:.2f}", note))
-        kept, forgotten = (_inside(figures.get("evaluate", {}), "perplexity", name) for name in ("sft", "ppo"))
+        kept, forgotten = (inside(figures.get("evaluate", {}), "perplexity", name) for name in ("sft", "ppo"))
         if isinstance(kept, (int, float)) and isinstance(forgotten, (int, float)):
             found.append(("Perplexity, SFT's data", f"{kept:.2f} → {forgotten:.2f}", "held out; a rise is forgetting"))
         before, after = (figures.get("sft", {}).get(f"held_out_loss_{when}") for when in ("before", "after"))
@@ -361,16 +361,16 @@ def _score_text(score: TaskScore) -> str:
 
 
 def _yardsticks(figures: Mapping[str, Any]) -> Iterator[Yardstick]:
-    n, kl = _inside(figures, "best_of_n", "n"), _inside(figures, "best_of_n", "kl")
+    n, kl = inside(figures, "best_of_n", "n"), inside(figures, "best_of_n", "kl")
     best = f"the best of {n} answers of SFT"
     if isinstance(kl, (int, float)):
         best += f" (KL at most {kl:.2f} nats)"
     for key, contestant, name in (("against_base", "base", "the base"), ("best_of_n", "best_of_n", best)):
-        rates = _inside(figures, key, "win_rate")
+        rates = inside(figures, key, "win_rate")
         for judge, rate in rates.items() if isinstance(rates, Mapping) else ():
             if (found := as_estimate(rate)) is not None:
-                scores = [as_estimate(_inside(figures, "mean_score", judge, one)) for one in (contestant, "ppo")]
-                controlled = as_estimate(_inside(figures, key, "length_controlled_win_rate", judge))
+                scores = [as_estimate(inside(figures, "mean_score", judge, one)) for one in (contestant, "ppo")]
+                controlled = as_estimate(inside(figures, key, "length_controlled_win_rate", judge))
                 yield Yardstick(name, str(judge), found, controlled, *scores)
 
 
@@ -421,7 +421,7 @@ class Comparison:
         stages = [view.state.stages for view in self.views]
 
         def figure(stage: str, *keys: str) -> list[Any]:
-            return [_inside(next((s.figures for s in of.values() if s.name == stage), {}), *keys) for of in stages]
+            return [inside(next((s.figures for s in of.values() if s.name == stage), {}), *keys) for of in stages]
 
         judges = dict.fromkeys(one.judge for view in self.views for one in view.judgements)
         for judge in judges:
@@ -503,7 +503,7 @@ def _source_name(source: str) -> str:
 
 
 def _lengths(figures: Mapping[str, Any]) -> str | None:
-    found = [as_estimate(_inside(figures, "response", name, "length")) for name in ("sft", "ppo")]
+    found = [as_estimate(inside(figures, "response", name, "length")) for name in ("sft", "ppo")]
     return " → ".join(f"{one.value:.0f}" for one in found if one is not None) if all(found) else None
 
 
@@ -528,9 +528,3 @@ def _plain(value: Any) -> str | None:
 
 def _count(value: Any) -> int:
     return value if isinstance(value, int) else 0
-
-
-def _inside(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree

@@ -46,6 +46,7 @@ from pipeline.statistics import mean_interval, win_rate
 from stages.command import stage_main
 from stages.experience import Budgets
 from stages.gates import require_fitting_parents
+from stages.held_out_answers import judged_while_learning
 from stages.inputs import stage_inputs
 from stages.interruption import deferred, stop_alone
 from stages.judges import (
@@ -89,7 +90,8 @@ class Evaluation:
     """All that came of it.
 
     `scores` are by judge and contestant, a number a prompt; `opinions` of judges who see two answers at once, by judge
-    and opponent; `kl_B` is each of PPO's answers' KL to SFT in nats.
+    and opponent; `kl_B` is each of PPO's answers' KL to SFT in nats; `while_learning` has a row for each time that PPO
+    measured the policy.
     """
 
     prompts: Sequence[Prompt]
@@ -98,6 +100,7 @@ class Evaluation:
     opinions: Mapping[str, Mapping[str, Preferences]]
     kl_B: Sequence[float]
     forgetting: Mapping[str, Any] | None
+    while_learning: Sequence[Mapping[str, Any]] = ()
 
     def points(self, opponent: str) -> Iterator[tuple[str, list[float | None]]]:
         """By each judge, 1 where PPO beats the opponent, 0 where it loses, 0.5 for a tie, None where nobody knows."""
@@ -139,7 +142,8 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # Data and judges.
     chat = ChatFormat(load_tokenizer(config.base))
-    prompts = load_prompts(config.data, chat, config.ppo.max_prompt_tokens).held_out[: config.evaluate.prompts]
+    held_out = load_prompts(config.data, chat, config.ppo.max_prompt_tokens).held_out
+    prompts = held_out[: config.evaluate.prompts]
     functions = {
         source.name: RewardFunction(source.function) for source in config.ppo.rewards if source.function is not None
     }
@@ -253,7 +257,9 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                 contestant: parts.keep(f"function-{number}-{contestant}", partial(function, prompts, found.texts))
                 for contestant, found in answers.items()
             }
-        evaluation = Evaluation(prompts, answers, scores, opinions, kl_B, forgetting)
+        gold = functions.get("gold")
+        learning = [] if gold is None else judged_while_learning(run.stage("ppo"), held_out, gold, parts.keep)
+        evaluation = Evaluation(prompts, answers, scores, opinions, kl_B, forgetting, learning)
         publish(loaded, run, inputs, base, clock, evaluation, reward_manifest)
     world.wait()
     return read_manifest(run.stage("evaluate"))
@@ -315,6 +321,8 @@ def publish(
         metrics[BEST_OF_N] = {"n": evaluate.best_of, "kl": best_of_n_kl(evaluate.best_of), **found.against(BEST_OF_N)}
     if found.forgetting is not None:
         metrics["perplexity"] = found.forgetting
+    if found.while_learning:
+        metrics["gold_while_learning"] = found.while_learning
     if evaluate.judges:
         metrics["judges"] = {
             judge.label: where_of(judge)

@@ -58,6 +58,7 @@ from pipeline.trackers import TrackedMetrics
 from stages.command import stage_main
 from stages.experience import Budgets, collect, reward_model_scores, sample, sampling_settings
 from stages.gates import check_reward_round_trip, check_startup, require_fitting_parents
+from stages.held_out_answers import drop_answers_after, keep_answers, publish_answers
 from stages.inputs import stage_inputs
 from stages.interruption import Interrupted, deferred, stop_alone
 from stages.result import StageClock, finish
@@ -124,7 +125,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     optimizer = make_optimizer(roles, ppo)
     state = TrainingState(roles, optimizer, make_controller(ppo), budgets, world, started_from)
     updater = Updater(roles, optimizer, ppo, seed=config.seed, world=world, budgets=budgets)
-    background = Background()
+    background, answers = Background(), run.working("ppo") / "held_out"
     checkpoints = Checkpoints(run.working("ppo"), config, digest(inputs), world, warn=say, background=background)
     rounds = Rounds(run.working("ppo"), config, digest(inputs), world, warn=say)
 
@@ -152,6 +153,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
         if log is not None:
             log.truncate_after(position.iteration)
             drop_samples_after(run, position.iteration)
+            drop_answers_after(answers, position.iteration)
         while position.iteration < last and not stops(left, ppo):
             iteration, statistics = position.iteration, position.statistics or UpdateStatistics()
             done = iteration + 1
@@ -183,7 +185,14 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
                 held_out = {}
                 if ppo.held_out.every is not None and (done % ppo.held_out.every == 0 or done == last):
                     held_out = measure_held_out(
-                        roles, rewards, split.held_out, ppo, seed=config.seed, world=world, budgets=budgets
+                        roles,
+                        rewards,
+                        split.held_out,
+                        ppo,
+                        seed=config.seed,
+                        world=world,
+                        budgets=budgets,
+                        keep=partial(keep_answers, background, answers, done),
                     )
             except Interrupted:
                 checkpoints.save_unfinished(Position(iteration, statistics, sampled_by), state)
@@ -234,6 +243,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
             checkpoints.restore_best(state)
             say(f"Publishing the policy of iteration {published}, the best on held-out prompts.")
         save_learned(roles, ppo, folder)
+        publish_answers(answers, folder)
 
     if world.is_main:
         extra = {

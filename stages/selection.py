@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from pipeline.rewards import RewardSum
 from pipeline.roles import Role, Roles
 from pipeline.scoring import require_finite, score_logprobs
 from stages.experience import Budgets, judge, sample, sampling_settings
+from stages.held_out_answers import as_row
 
 
 def measure_held_out(
@@ -25,6 +27,7 @@ def measure_held_out(
     seed: int,
     world: World,
     budgets: Budgets,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> dict[str, float]:
     """Score the policy on held-out prompts, which are answered with the same seeds every time.
 
@@ -32,6 +35,7 @@ def measure_held_out(
         prompts: all held-out prompts, at least as many as processes; the last `ppo.held_out.prompts` of them are
             used. The evaluation takes the first ones, so that where there are enough of them it judges on prompts
             that nothing was chosen by.
+        keep: called in the main process with all answers, as rows of `held_out_answers.as_row`.
 
     Returns:
         means over responses: `held_out/score` (as PPO's objective/score), `held_out/kl` from the reference in nats,
@@ -61,6 +65,11 @@ def measure_held_out(
     sums = world.sum(torch.tensor([sum(row[:counted]) for row in rows] + [counted], dtype=torch.float64))
     require_finite(sums, "score or KL of the answers to held-out prompts", where="ppo")
     score, divergence, length, count = sums.tolist()
+    first = len(prompts) - len(few) + world.rank * len(mine)
+    answers = zip(mine, judged.completions, rows[0], kl, strict=True)
+    kept = world.gather([as_row(first + place, *answer) for place, answer in enumerate(answers)][:counted])
+    if keep is not None and world.is_main:
+        keep(kept)
     return {
         "held_out/score": score / count,
         "held_out/kl": divergence / count,

@@ -1960,6 +1960,20 @@ TABLE = (
         "        self._tell(error)\n        return False",
         (f"{TRACKERS}::test_a_tracker_that_fails_loses_no_training",),
     ),
+    Mutation(
+        "held-out answers of iterations that are done again stay",
+        "stages/held_out_answers.py",
+        "        if int(path.stem) > iteration:\n",
+        "        if False:\n",
+        ("tests/stages/test_held_out_answers.py::test_answers_of_iterations_that_are_done_again_are_dropped",),
+    ),
+    Mutation(
+        "held-out answers are kept under other prompts' numbers",
+        "stages/selection.py",
+        "first = len(prompts) - len(few) + world.rank * len(mine)",
+        "first = world.rank * len(mine)",
+        ("tests/stages/test_selection.py::test_the_held_out_figures_are_means_over_the_answers",),
+    ),
 )
 
 

@@ -59,8 +59,15 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             name: mean_interval([pair[index] for pair in pairs]).as_dict() for index, name in enumerate(("ppo", "sft"))
         }
     length = {"value": 20.0, "low": 18.0, "high": 22.0, "n": len(rows)}
+
+    def point(iteration: int, kl: float, gold: float) -> dict[str, Any]:
+        middles = {"kl": kl, "score": math.log(iteration), "gold": gold}
+        found = {name: {"value": at, "low": at - 0.1, "high": at + 0.1, "n": 8} for name, at in middles.items()}
+        return {"iteration": iteration, **found}
+
     return {
         "n": len(rows),
+        "gold_while_learning": [point(4, 1.2, 0.9), point(8, 2.4, 1.1), point(12, 3.6, 0.7)],
         "kl": {"value": 4.0, "low": 3.5, "high": 4.5, "n": len(rows)},
         "win_rate": rates,
         "mean_score": means,

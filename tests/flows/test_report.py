@@ -84,6 +84,7 @@ def test_the_page_says_what_came_out(tmp_path: Path) -> None:
         "held-out loss 3 → 2.5",
         "accuracy 0.85 [0.74, 0.92]",
         "Score against KL",
+        "Gold against KL",
         "Critic's explained variance",
         "Is the reward model any good?".lower(),
         "The preferred answer is ...",

@@ -16,6 +16,7 @@ from pipeline.artifacts import read_manifest
 from pipeline.config import GuardSettings
 from pipeline.errors import ConfigError, DivergenceError
 from pipeline.metrics import read_metrics
+from pipeline.records import as_plain
 from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_logprobs
 from stages import ppo
@@ -60,13 +61,20 @@ def test_the_held_out_figures_are_means_over_the_answers(tmp_path) -> None:
         for parameter in found.roles.parameters("policy").values():
             parameter += 0.02
     named = {"world": found.world, "budgets": found.budgets}
-    measured = measure_held_out(found.roles, found.rewards, prompts(8), found.ppo, seed=3, **named)
+    kept: list[dict[str, Any]] = []
+    measured = measure_held_out(found.roles, found.rewards, prompts(8), found.ppo, seed=3, **named, keep=kept.extend)
     answers = sample(found.roles, prompts(8)[-5:], seed=(3, "held out"), sampling=sampling_settings(found.ppo), **named)
     judged = judge(found.roles, found.rewards, prompts(8)[-5:], answers, found.ppo, found.world)
     ours, theirs = (
         torch.cat(score_logprobs(found.roles, role, answers.episodes, temperature=1.0, max_tokens=64))
         for role in ("policy", "reference")
     )
+    assert [(row["number"], row["prompt"]) for row in kept] == [
+        (number, as_plain(prompts(8)[number].prompt)) for number in range(3, 8)
+    ]
+    assert [row["answer"] for row in kept] == judged.completions
+    assert [row["score"] for row in kept] == judged.scores_B.tolist()
+    assert sum(row["kl"] for row in kept) == pytest.approx(float((ours - theirs).sum()), rel=1e-3)
     assert measured["held_out/score"] == pytest.approx(float(judged.scores_B.mean()), rel=1e-4)
     assert measured["held_out/kl"] == pytest.approx(float((ours - theirs).sum()) / 5, rel=1e-3)
     assert measured["held_out/length"] == sum(len(row.response) for row in answers.episodes) / 5
