@@ -28,7 +28,7 @@ from pipeline.base_files import load_tokenizer
 from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
 from pipeline.config_file import LoadedConfig, load_config
-from pipeline.memory_plan import Device, compute_bytes, device_bytes, plan_stages
+from pipeline.memory_plan import Device, StagePlan, compute_bytes, device_bytes, plan_stages
 from pipeline.merged_model import device_memory_bytes
 from pipeline.model_shape import shape_of
 from pipeline.records import Message
@@ -146,6 +146,11 @@ def measured_peaks(loaded: LoadedConfig, stages: list[StageName]) -> Iterator[tu
         yield stage, read_manifest(run.stage(stage)).peak_memory_bytes
 
 
+def planned_bytes(plan: StagePlan, *, on_gpu: bool) -> int:
+    """What the plan says of that which is measured: the tensors on a GPU, the whole process on a CPU."""
+    return plan.tensor_bytes if on_gpu else device_bytes(plan, is_gpu=False)
+
+
 def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Compares the planned with the measured memory of each stage.")
@@ -183,7 +188,7 @@ def main() -> None:
                 loaded.config, shape_of(loaded.config.base), Device(size, is_gpu=on_gpu, memory_bytes=memory)
             )
             for stage, measured in measured_peaks(loaded, stages):
-                planned = plans[stage].tensor_bytes if on_gpu else device_bytes(plans[stage], is_gpu=False)
+                planned = planned_bytes(plans[stage], on_gpu=on_gpu)
                 results.append(
                     {
                         "shape": name,
