@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -141,6 +142,19 @@ def test_the_whole_export_is_uploaded(hub: Hub, run_folder: str, tmp_path: Path)
     done = trivet(hub.address, "export", run_folder, "sft", tmp_path / "2", "--push-to-hub", "someone/open", "--public")
     assert done.returncode == 0, done.stderr
     assert hub.repositories["someone/open"]["visibility"] == "public"
+
+
+def test_the_upload_of_the_docs(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/using.md, as it stands there."""
+    usable_run(tmp_path, run_dir=str(tmp_path / "runs" / "mine"))
+    monkeypatch.chdir(tmp_path)
+    docs = (ROOT / "docs" / "using.md").read_text().splitlines()
+    lines = [line for line in docs if line.startswith("trivet ") and "--push-to-hub" in line]
+    assert lines
+    for line in lines:
+        done = trivet(hub.address, *shlex.split(line, comments=True)[1:])
+        assert done.returncode == 0, (line, done.stderr)
+    assert hub.repositories["me/my-policy"]["visibility"] == "private"
 
 
 def test_a_hub_that_refuses_leaves_the_export(hub: Hub, run_folder: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,18 +31,20 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every command of `trivet` that needs nothing from outside."""
+    """Every command of `trivet`, but for the upload, which test_hub.py runs."""
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("trivet ")]
     words = [shlex.split(line, comments=True) for line in lines]
-    return [found for found in words if "--push-to-hub" not in found and "gguf" not in found]
+    return [found for found in words if "--push-to-hub" not in found]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs/mine and prompts.jsonl, as the docs call them."""
+    """A folder with runs/mine, prompts.jsonl and a converter to GGUF, as the docs call them."""
     folder = tmp_path_factory.mktemp("docs")
     usable_run(folder, run_dir=str(folder / "runs" / "mine"))
     (folder / "prompts.jsonl").write_text('{"prompt": "sun"}\n{"prompt": "sea"}\n')
+    (folder / "llama.cpp").mkdir()
+    shutil.copyfile(ROOT / "tests" / "gguf_converter.py", folder / "llama.cpp" / "convert_hf_to_gguf.py")
     return folder
 
 
@@ -60,7 +63,7 @@ def test_the_commands_do_what_they_say(place: Path, monkeypatch: pytest.MonkeyPa
     columns = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", DOCS, re.MULTILINE)[:6])))
     assert rows[0].keys() <= columns | {"columns"} and columns - rows[0].keys() <= {"columns"}
     forms = {json.loads(path.read_text())["form"] for path in (place / "out").glob(f"*/{EXPORT}")}
-    assert forms == {"adapter", "merged", "requantized"}
+    assert forms == {"adapter", "merged", "requantized", "gguf"}
 
 
 def test_the_python_runs_as_it_stands(place: Path) -> None:

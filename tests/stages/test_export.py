@@ -247,6 +247,27 @@ def test_gguf_needs_the_converter(loaded: LoadedConfig, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float16", 0.05)])
+def test_what_the_converter_makes_is_compared_with_the_adapter(
+    loaded: LoadedConfig, tmp_path: Path, dtype: str, bound: float
+) -> None:
+    converter = Path(__file__).parents[1] / "gguf_converter.py"
+    folder = exported(loaded, "ppo", tmp_path / "out", "--form", "gguf", "--converter", converter, "--dtype", dtype)
+    (file,) = folder.glob("*.gguf")
+    found = read_json(folder / EXPORT)
+    assert found["form"] == "gguf" and 0 <= found["agreement"]["logits_max"] < bound
+    assert file.stat().st_size > 10_000 and not list(folder.glob("*.safetensors"))
+
+
+def test_a_converter_that_lays_weights_out_wrongly_is_found_out(loaded: LoadedConfig, tmp_path: Path) -> None:
+    """The comparison is one with the file as it was written."""
+    own = (Path(__file__).parents[1] / "gguf_converter.py").read_text()
+    (tmp_path / "wrong.py").write_text(own.replace(".swapaxes(1, 2)", ""))
+    converter = tmp_path / "wrong.py"
+    folder = exported(loaded, "ppo", tmp_path / "out", "--form", "gguf", "--converter", converter, "--dtype", "float32")
+    assert read_json(folder / EXPORT)["agreement"]["logits_max"] > 1e-3
+
+
 def test_a_converter_that_fails_leaves_nothing(loaded: LoadedConfig, tmp_path: Path) -> None:
     (tmp_path / "convert_hf_to_gguf.py").write_text("print('I do not know this model'); raise SystemExit(3)")
     result = trivet("export", loaded.config.run_dir, "ppo", tmp_path / "out", "--form", "gguf", "--converter", tmp_path)
