@@ -181,6 +181,8 @@ def _stage_figures(found: FinishedRun, stage: StageName) -> Iterator[tuple[str, 
 def _evaluation(found: FinishedRun) -> Iterator[tuple[str, Estimate | float]]:
     for one in judgements_of(found.state):
         yield f"wins against SFT by {judge_name(one.judge)}", one.win_rate
+        if one.length_controlled is not None:
+            yield f"the same between answers of equal length, by {judge_name(one.judge)}", one.length_controlled
         if one.difference is not None:
             yield f"mean score less SFT's by {judge_name(one.judge)}", one.difference
     figures = found.state.stages["evaluate"].figures

@@ -76,6 +76,8 @@ def _key_lines(stage: StageState, state: RunState) -> Iterator[str]:
         judgement = verdict_of(state).judgement
         if judgement is not None:
             yield from _interval("wins", figures["win_rate"][judgement.judge])
+            if (fair := judgement.length_controlled) is not None:
+                yield f"equal length {fair.value:.2f} [{fair.low:.2f}, {fair.high:.2f}]"
         kl = as_estimate(figures.get("kl"))
         if kl is not None:
             yield f"KL {kl.value:.1f} [{kl.low:.1f}, {kl.high:.1f}] nats"

@@ -80,6 +80,12 @@ def judge_name(judge: str) -> str:
     return {"gold": "the gold measure", "reward_model": "the reward model"}.get(judge, judge)
 
 
+def _capital(judge: str) -> str:
+    """Its name at the start of a sentence; one that somebody chose stays as it is."""
+    name = judge_name(judge)
+    return name if name == judge else f"{name[0].upper()}{name[1:]}"
+
+
 def verdict_of(state: RunState) -> Verdict:
     """The verdict on a run, from its evaluation."""
     judgements = list(judgements_of(state))
@@ -152,11 +158,16 @@ def progress_of(stage: StageState) -> str:
 
 def _sentence(one: Judgement) -> str:
     rate = one.win_rate
-    parts = [
-        f"{judge_name(one.judge)[0].upper()}{judge_name(one.judge)[1:]} prefers PPO's answer for"
-        f" {100 * rate.value:.0f}% of {rate.n} held-out prompts"
+    said = (
+        f"{_capital(one.judge)} prefers PPO's answer for {100 * rate.value:.0f}% of {rate.n} held-out prompts"
         f" (95% interval {100 * rate.low:.0f}% to {100 * rate.high:.0f}%)"
-    ]
+    )
+    if (fair := one.length_controlled) is not None:
+        said += (
+            f", and between answers of equal length for {100 * fair.value:.0f}%"
+            f" ({100 * fair.low:.0f}% to {100 * fair.high:.0f}%)"
+        )
+    parts = [said]
     if one.difference is not None and one.before is not None and one.after is not None:
         gap = one.difference
         parts.append(
@@ -169,14 +180,7 @@ def _sentence(one: Judgement) -> str:
 def _cautions(state: RunState, first: Judgement, others: Sequence[Judgement]) -> Iterator[str]:
     if first.win_rate.n < FEW:
         yield f"Only {first.win_rate.n} prompts were judged: the interval itself is rough."
-    if not first.is_independent:
-        yield (
-            f"{judge_name(first.judge)[0].upper()}{judge_name(first.judge)[1:]} is what PPO was trained to please; an"
-            " independent measure (evaluate.gold) would tell more."
-        )
-    hacked = [one for one in others if one.outcome == "better" and not one.is_independent]
-    if first.is_independent and first.outcome == "worse" and hacked:
-        yield "PPO pleases its reward and not the gold measure: the policy exploits the reward."
+    yield from _of_other_minds(first, others)
     fair = first.length_controlled
     if fair is not None and first.outcome == "better" and fair.low <= 0.5:
         yield (
@@ -195,6 +199,26 @@ def _cautions(state: RunState, first: Judgement, others: Sequence[Judgement]) ->
     stage = state.stages["evaluate"]
     if stage.status not in ("finished", "going"):
         yield f"The evaluation is {stage.status}: {stage.reason}."
+
+
+def _of_other_minds(first: Judgement, others: Sequence[Judgement]) -> Iterator[str]:
+    """What training saw decides, or those that it did not see do not agree."""
+    independent = [one for one in (first, *others) if one.is_independent]
+    if not first.is_independent:
+        more = "" if independent else "; an independent measure (evaluate.gold, evaluate.judges) would tell more"
+        yield f"{_capital(first.judge)} is what PPO was trained to please{more}."
+    pleased = [one for one in (first, *others) if not one.is_independent and one.outcome == "better"]
+    for one in independent:
+        if one.outcome == "better":
+            continue
+        if pleased:
+            names = " and ".join(judge_name(own.judge) for own in pleased)
+            yield (
+                f"PPO wins by {names}, which it was trained to please, and not by {judge_name(one.judge)}"
+                f" ({one.line}): the reward may be exploited."
+            )
+        elif first.outcome == "better":
+            yield f"{_capital(one.judge)} does not say better: {one.line}."
 
 
 def _silent_judges(state: RunState) -> Iterator[str]:

@@ -70,6 +70,7 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gold_while_learning": [point(4, 1.2, 0.9), point(8, 2.4, 1.1), point(12, 3.6, 0.7)],
         "kl": {"value": 4.0, "low": 3.5, "high": 4.5, "n": len(rows)},
         "win_rate": rates,
+        "length_controlled_win_rate": {"gold": {"value": 0.7, "low": 0.52, "high": 0.83, "n": len(rows)}},
         "mean_score": means,
         "response": {name: {"length": length, "eos_rate": 1.0} for name in ("sft", "ppo")},
     }

@@ -77,6 +77,7 @@ def test_one_run(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for said in ("PPO is better than SFT", "score", "▁", "█", "2.48", "3.6 nats", "the last answers of the evaluation"):
         assert said in result.stdout, said
+    assert "equal length 0.70 [0.52, 0.83]" in " ".join(result.stdout.split())
     assert trivet("show", loaded.path).stdout == result.stdout
     absent = trivet("show", tmp_path / "absent")
     assert absent.exit_code == 2 and "Runs there: " in absent.stderr

@@ -56,7 +56,53 @@ def test_gold_decides_and_the_others_are_told(tmp_path: Path) -> None:
     verdict = evaluated(tmp_path, figures)
     assert verdict.judgement.judge == "gold" and verdict.outcome == "worse"
     assert [one.judge for one in verdict.others] == ["reward_model", "polite"]
-    assert any("exploits the reward" in caution for caution in verdict.cautions)
+    (caution,) = [caution for caution in verdict.cautions if "the reward may be exploited" in caution]
+    assert "PPO wins by the reward model and polite" in caution
+    assert "not by the gold measure (0.30 [0.20, 0.40] of 100 prompts)" in caution
+
+
+@pytest.mark.parametrize(
+    ("rates", "deciding", "said"),
+    [
+        (  # the config lets the reward model decide
+            {"reward_model": rate(0.8, 0.9, 1.0), "gold": rate(0.2, 0.3, 0.4)},
+            "reward_model",
+            ["The reward model is what PPO was trained to please.", "not by the gold measure (0.30 [0.20, 0.40]"],
+        ),
+        (
+            {"reward_model": rate(0.8, 0.9, 1.0), "gold": rate(0.6, 0.7, 0.8)},
+            "reward_model",
+            ["The reward model is what PPO was trained to please."],
+        ),
+        (
+            {"reward_model": rate(0.8, 0.9, 1.0)},
+            None,
+            ["trained to please; an independent measure (evaluate.gold, evaluate.judges) would tell more."],
+        ),
+        (
+            {"gold": rate(0.6, 0.7, 0.8), "other": rate(0.3, 0.4, 0.49), "reward_model": rate(0.8, 0.9, 1.0)},
+            None,
+            ["PPO wins by the reward model, which it was trained to please, and not by other (0.40 [0.30, 0.49]"],
+        ),
+        (
+            {"gold": rate(0.6, 0.7, 0.8), "other": rate(0.4, 0.5, 0.6), "reward_model": rate(0.3, 0.4, 0.6)},
+            None,
+            ["other does not say better: 0.50 [0.40, 0.60] of 100 prompts."],
+        ),
+        ({"gold": rate(0.6, 0.7, 0.8), "other": rate(0.6, 0.7, 0.8), "reward_model": rate(0.8, 0.9, 1.0)}, None, []),
+        ({"gold": rate(0.2, 0.3, 0.4), "reward_model": rate(0.2, 0.3, 0.4)}, None, []),
+    ],
+)
+def test_a_judge_of_another_mind_is_named_with_its_figure(
+    tmp_path: Path, rates: dict[str, Any], deciding: str | None, said: list[str]
+) -> None:
+    (tmp_path / "gold.py").write_text("def gold(prompts, completions): return [0.0] * len(prompts)\n")
+    settings = {"gates": {"judge": deciding, "min_win_rate": 0.5}} if deciding else {}
+    figures = {"win_rate": rates, "judges": {"other": {"reward_run": "runs/other"}}}
+    cautions = evaluated(tmp_path, figures, evaluate={"gold": "gold.py:gold"}, **settings).cautions
+    assert len(cautions) == len(said), cautions
+    for wanted, caution in zip(said, cautions, strict=True):
+        assert wanted in caution
 
 
 def test_a_judge_that_training_saw_is_no_proof(tmp_path: Path) -> None:
@@ -120,7 +166,7 @@ def test_a_judge_that_the_config_names_comes_before_those_that_training_saw(tmp_
     verdict = evaluated(tmp_path, figures)
     assert (verdict.judgement.judge, verdict.outcome) == ("other", "worse")
     assert [one.judge for one in verdict.others] == ["reward_model", "polite"]
-    assert any("exploits the reward" in caution for caution in verdict.cautions)
+    assert any("not by other (0.40" in caution and "may be exploited" in caution for caution in verdict.cautions)
     figures["win_rate"]["gold"] = rate(0.51, 0.6, 0.7)
     assert evaluated(tmp_path / "gold", figures).judgement.judge == "gold"
 
@@ -131,6 +177,7 @@ def test_a_gain_that_may_be_length_is_told(tmp_path: Path, low: float, told: boo
     figures = {"win_rate": {"gold": rate(0.6, 0.7, 0.8)}, "length_controlled_win_rate": fair}
     verdict = evaluated(tmp_path, figures)
     assert verdict.judgement.length_controlled.low == low
+    assert f"between answers of equal length for 55% ({100 * low:.0f}% to 65%)" in verdict.sentence
     assert any("equal length" in caution and "0.55" in caution for caution in verdict.cautions) == told
 
 

@@ -402,6 +402,8 @@ def test_the_card_has_figures_lineage_and_limits(loaded: LoadedConfig, tmp_path:
     rate = judged(answers())["win_rate"]["gold"]
     figures = f"{rate['value']:.3f} | [{rate['low']:.3f}, {rate['high']:.3f}] | 40 |"
     assert f"| wins against SFT by the gold measure | {figures}" in body
+    assert "| the same between answers of equal length, by the gold measure | 0.700 | [0.520, 0.830] | 40 |" in body
+    assert "and between answers of equal length for 70% (52% to 83%)" in body
     assert "| KL to SFT, nats an answer | 4.000 | [3.500, 4.500] | 40 |" in body
     assert "| sft | rows.jsonl | 50 | 45 | 5 | 5 duplicate |" in body
     assert "apache-2.0" in body and "quantized as nf4-double/float32" in body
