@@ -28,6 +28,8 @@ _INSTRUCTIONS = (
     " point, complete, honest and polite. Neither the order of the answers nor their length counts by itself."
 )
 _FORMAT = "Reply with one word: A if answer A is better, B if answer B is better, tie if neither is."
+_LASTING = {401, 402, 403, 404, 405, 407, 410}
+"""About the account or the address, as a redirect is: the next request would fail as well."""
 _WORTH_A_RETRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _FAILURES_TO_GIVE_UP = 8
 """Pairs in a row, each after all its attempts, after which nobody answers there."""
@@ -45,11 +47,7 @@ class Opinion:
 
 
 class _RequestError(Exception):
-    """A request that failed. `lasting`: the next one would fail as well."""
-
-    def __init__(self, text: str, *, lasting: bool = False) -> None:
-        super().__init__(text)
-        self.lasting = lasting
+    """A request that failed."""
 
 
 class EndpointJudge:
@@ -91,8 +89,8 @@ class EndpointJudge:
             pairs: the prompt (text or messages), the challenger's answer and the incumbent's.
 
         Returns:
-            the opinions in the order of the pairs. One that could not be had says why; after an error that will not
-            pass, such as a refused key, or many in a row, nobody is asked any more.
+            the opinions in the order of the pairs. One that could not be had says why; after a refusal of the account
+            or the address, such as of the key, or many failures in a row, nobody is asked any more.
         """
         with ThreadPoolExecutor(max_workers=self._settings.concurrency) as pool:
             return list(pool.map(lambda pair: self._opinion(*pair), pairs))
@@ -119,22 +117,24 @@ class EndpointJudge:
             if self._gave_up is not None:
                 raise _RequestError(self._gave_up)
             try:
-                return read_choice(self._request(prompt, first, second))
+                return read_choice(*self._request(prompt, first, second))
             except _UnclearError as error:
                 failure, pause = _RequestError(str(error)), 0.0
             except urllib.error.HTTPError as error:
                 failure, pause = self._refusal(error), _pause(error.headers.get("Retry-After"), attempt)
+                if error.code in _LASTING or error.code < 400:
+                    self._gave_up = str(failure)
+                if error.code not in _WORTH_A_RETRY:
+                    raise failure from None
             except (OSError, HTTPException, ValueError) as error:
                 reason = getattr(error, "reason", error)
                 failure, pause = _RequestError(self._hide(f"{type(error).__name__}: {reason}")), 2.0**attempt
-            if failure.lasting:
-                self._gave_up = str(failure)
-                raise failure
             if attempt < self._settings.retries:
                 self._wait(min(pause, _LONGEST_WAIT))
         raise failure
 
-    def _request(self, prompt: Any, first: str, second: str) -> str:
+    def _request(self, prompt: Any, first: str, second: str) -> tuple[str, bool]:
+        """The reply, and whether it was cut off."""
         headers = {"Content-Type": "application/json", "User-Agent": "trivet"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -148,17 +148,16 @@ class EndpointJudge:
         with _OPENER.open(request, timeout=self._settings.timeout) as reply:
             content = json.loads(reply.read(_LONGEST_REPLY))
         try:
-            text = content["choices"][0]["message"]["content"]
+            choice = content["choices"][0]
+            text, ending = choice["message"]["content"], choice.get("finish_reason")
         except (KeyError, IndexError, TypeError):
             raise ValueError("the reply holds no choices[0].message.content") from None
-        return text if isinstance(text, str) else ""
+        return (text if isinstance(text, str) else ""), ending == "length"
 
     def _refusal(self, error: urllib.error.HTTPError) -> _RequestError:
         with error:
             said = " ".join(error.read(2000).decode(errors="replace").split())[:_SHOWN_OF_AN_ERROR]
-        return _RequestError(
-            self._hide(f"HTTP {error.code} {error.reason}: {said}"), lasting=error.code not in _WORTH_A_RETRY
-        )
+        return _RequestError(self._hide(f"HTTP {error.code} {error.reason}: {said}"))
 
     def _hide(self, text: str) -> str:
         """The text without the key, which an endpoint may repeat in its complaint."""
@@ -176,16 +175,56 @@ _OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 class _UnclearError(Exception):
-    """A reply that names neither answer."""
+    """A reply that does not say which answer is better."""
 
 
-def read_choice(reply: str) -> Choice:
-    """What a reply says: its last A, B or tie, so that a judge may think aloud before."""
-    found = re.findall(r"\b(?:A|B|[Tt]ie|TIE)\b", reply)
-    if not found:
-        raise _UnclearError(f"the judge said neither A, B nor tie: {reply.strip()[:80]!r}")
-    choices: dict[str, Choice] = {"a": "first", "b": "second", "tie": "tie"}
-    return choices[found[-1].lower()]
+_CHOICES: dict[str, Choice] = {"a": "first", "b": "second", "tie": "tie"}
+_CHOICE = r"(A|B|[Tt]ie|TIE)\b"
+_LABEL = r"(?i:answer|verdict|winner)"
+_LABELLED = re.compile(rf"{_LABEL}[^\w\n:]*:\W*(?:{_LABEL}\s+)?{_CHOICE}")
+"""`Verdict: B`, `**Answer:** B (A hedges)`; but `Answer A: ...` heads a remark on A."""
+_ALONE = re.compile(rf"\W*(?:{_LABEL}\s+)?{_CHOICE}\W*")
+_LAST = re.compile(rf"(?:^|:)\W*(?:{_LABEL}\s+)?{_CHOICE}\W*$")
+_LEADING = re.compile(rf"\W*(?:{_LABEL}\W+)*{_CHOICE}")
+_ENDED = re.compile(r"[*`\"'\])]*[ \t]*(?:$|[.,;!?(\n]|[-\u2013\u2014]+\s)")
+"""After a letter: it is a choice, not the first word of a sentence about an answer."""
+
+
+def read_choice(reply: str, cut_off: bool = False) -> Choice:
+    """What a reply says, which may give its reasons before or after.
+
+    A choice after "answer:", "verdict:" or "winner:" counts, or one alone on the last line or after its colon; else
+    one that leads the reply and ends there or at a punctuation mark; else the last that is named, unless the reply
+    begins with another.
+
+    Args:
+        reply: the judge's words.
+        cut_off: they did not come to their end; then only a choice that leads them counts.
+    """
+    reply = reply.strip()
+    named = [word.lower() for word in re.findall(rf"\b{_CHOICE}", reply)]
+    if not named:
+        raise _UnclearError(f"the judge said neither A, B nor tie: {reply[:80]!r}")
+    marked = _leading_choice(reply)
+    if not cut_off:
+        ends = (_LABELLED.findall(reply)[-1:], _LAST.findall(reply.splitlines()[-1]))
+        concluded = {word.lower() for found in ends for word in found}
+        begun = _LEADING.match(reply)
+        unmarked = {named[-1], begun[1].lower()} if begun else {named[-1]}
+        marked = concluded or marked or unmarked
+    if len(marked) != 1:
+        why = "was cut off at max_tokens" if cut_off else "names both"
+        raise _UnclearError(f"the judge's reply {why} and does not say which answer is better: {reply[:80]!r}")
+    return _CHOICES[marked.pop()]
+
+
+def _leading_choice(reply: str) -> set[str]:
+    """The choice that a reply begins with, if it does not go on as a sentence or list about the answers."""
+    found = _LEADING.match(reply)
+    if found is None or _ENDED.match(reply, found.end()) is None:
+        return set()
+    listed = not _ALONE.fullmatch(reply.splitlines()[0]) and re.search(rf"\n\W*(?!{found[1]}\b){_CHOICE}", reply)
+    return set() if listed else {found[1].lower()}
 
 
 def messages(prompt: Any, first: str, second: str, instructions: str) -> list[dict[str, str]]:

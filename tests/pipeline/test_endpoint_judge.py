@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from typing import Any
 
@@ -106,6 +107,34 @@ def test_what_fails_for_good_is_left_out_with_its_reason() -> None:
     assert found[1].error is not None and "HTTP 500" in found[1].error
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_the_endpoint_refuses_of_one_pair_costs_that_pair_alone(status: int) -> None:
+    def too_long(asked: Asked) -> Any:
+        return (status, "too long", {}) if "cursed" in asked.body["messages"][-1]["content"] else longer_wins(asked)
+
+    pairs = [PAIRS[0], ("cursed", "long answer", "b"), PAIRS[1]]
+    waits: list[float] = []
+    with judge_server(too_long) as server:
+        found = judge(server.address, waits, retries=3, concurrency=1).compare(pairs)
+    assert [opinion.score for opinion in found] == [1.0, None, 0.0]
+    assert f"HTTP {status}" in str(found[1].error)
+    assert waits == [] and len(server.asked) == 5, "it is not asked again"
+
+
+def test_an_endpoint_that_refuses_everything_is_asked_a_few_times_only() -> None:
+    pairs = [(f"prompt {n}", "one", "other answer") for n in range(40)]
+    with judge_server(lambda _: (400, "no such model", {})) as server:
+        found = judge(server.address, concurrency=1).compare(pairs)
+    assert [opinion.score for opinion in found] == [None] * 40 and len(server.asked) == 8
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 302])
+def test_a_refusal_of_the_account_or_the_address_ends_the_asking(status: int) -> None:
+    with judge_server(lambda _: (status, "no", {})) as server:
+        found = judge(server.address, concurrency=1).compare(PAIRS)
+    assert [opinion.score for opinion in found] == [None] * 3 and len(server.asked) == 1
+
+
 def test_a_refused_key_is_not_tried_again_and_again() -> None:
     with judge_server(lambda _: (401, f"bad key {KEY}", {})) as server:
         found = judge(server.address, api_key_variable="JUDGE_KEY", concurrency=1).compare(PAIRS)
@@ -171,10 +200,41 @@ def test_a_key_that_is_not_there_is_missed_at_once() -> None:
         ("**Tie**", "tie"),
         ("A is fluent, but B is right: B", "second"),
         ("Answer A is better", "first"),
+        ("I prefer B", "second"),
+        ("B. A is rambling.", "second"),
+        ("**B** - A is wrong", "second"),
+        ("tie: A and B both say so. Tie", "tie"),
+        ("Tie. A and B are alike", "tie"),
+        ("Answer: B (A hedges)", "second"),
+        ("**Verdict:** Answer B\nA hedges", "second"),
+        ("My winner: [[B]], since A hedges", "second"),
+        ("B\n\nA is rambling", "second"),
+        ("A is fluent, B is right.\n\nB", "second"),
+        ("A: fluent\nB: right\nVerdict: B since A is wrong", "second"),
+        ("Answer A: fluent\nAnswer B: right\nAnswer B", "second"),
     ],
 )
-def test_the_last_word_counts(reply: str, choice: str) -> None:
+def test_the_choice_is_told_from_its_reasons(reply: str, choice: str) -> None:
     assert read_choice(reply) == choice
+
+
+@pytest.mark.parametrize("reply", ["A is better than B", "A. fluent\nB. right\nSo B wins", "Answer: A\n...\nB"])
+def test_a_reply_that_begins_with_one_and_ends_with_the_other_is_asked_for_again(reply: str) -> None:
+    with judge_server(lambda _: reply) as server:
+        (found,) = judge(server.address, retries=1).compare(PAIRS[:1])
+    assert found.score is None and "names both" in str(found.error) and len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [("B", 0.5), ("B. A is rambl", 0.5), ("Answer A is fluent, but B", None), ("Let us see: A", None)],
+)
+def test_of_a_reply_that_was_cut_off_only_its_beginning_counts(reply: str, score: float | None) -> None:
+    body = json.dumps({"choices": [{"message": {"content": reply}, "finish_reason": "length"}]})
+    with judge_server(lambda _: (200, body, {})) as server:
+        (found,) = judge(server.address, retries=0).compare(PAIRS[:1])
+    assert found.score == score
+    assert score is not None or "cut off at max_tokens" in str(found.error)
 
 
 @pytest.mark.parametrize("address", ["ftp://x/v1", "http://user:password@host/v1", "http://host/v1?key=1", "host/v1"])
