@@ -9,7 +9,7 @@ import base64
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,14 @@ from pipeline.run_state import read_rows
 Points = Sequence[tuple[float, float | None]]
 """Steps and values; None is a gap."""
 
+COLOURS, DASHES = 6, 3
+"""Of the style sheet: so many colours, and each of them whole and dashed in two ways."""
 WIDTH, HEIGHT = 380, 200
 _COLUMNS = 2
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 28, 34
 _MOST_POINTS = 400
+_LARGEST = 1e300
+"""What is beyond cannot be drawn: the range of an axis would not be finite."""
 
 STYLE = (
     "text{font:11px sans-serif;fill:#555}.title{font-weight:bold;fill:#111}.grid{stroke:#ddd}.axis{stroke:#999}"
@@ -37,7 +41,7 @@ class Line:
     """One line of a chart.
 
     `kind`: `line` joins neighbours, `dots` joins nothing, `path` joins in the order of the points, `level` is dashed.
-    `ranges` are intervals around the points, drawn as bars. `colour` numbers a colour of the style sheet.
+    `ranges` are intervals around the points, drawn as bars. `colour` and `dashes` number those of the style sheet.
     """
 
     name: str
@@ -45,6 +49,12 @@ class Line:
     kind: Literal["line", "dots", "path", "level"] = "line"
     colour: int = 1
     ranges: Sequence[tuple[float, float]] = ()
+    dashes: int = 0
+
+    @property
+    def classes(self) -> str:
+        """What the style sheet knows it by."""
+        return f"{self.kind} c{self.colour}{f' dashes{self.dashes}' if self.dashes else ''}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ def picture(chart: Chart) -> str:
     axes = _Axes(chart)
     data = escape(json.dumps(axes.data(), separators=(",", ":")))
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_in_words(chart))}"'
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_in_words(axes.chart))}"'
         f' data-chart="{data}">{"".join(axes.elements())}</svg>'
     )
 
@@ -117,6 +127,7 @@ class _Axes:
     """Where the values of a chart lie in its picture."""
 
     def __init__(self, chart: Chart) -> None:
+        chart = replace(chart, lines=[replace(line, points=_drawable(line.points)) for line in chart.lines])
         self.chart = chart
         self.lines = [(line, thinned(line.points) if line.kind == "line" else line.points) for line in chart.lines]
         points = [(x, y) for line in chart.lines for x, y in line.points if y is not None]
@@ -174,7 +185,7 @@ class _Axes:
     def _steps_of_points(self) -> Iterator[tuple[float, str]]:
         """The places of the points, from the right, as far as there is room for their labels."""
         free = math.inf
-        for step in sorted({x for line in self.chart.lines for x, _ in line.points}, reverse=True):
+        for step in sorted({x for line in self.chart.lines for x, y in line.points if y is not None}, reverse=True):
             anchor = "end" if self.x(step) > self.right - 12 else "middle"
             width = 6.5 * len(short(step)) + 6
             if self.x(step) + (0 if anchor == "end" else width / 2) <= free:
@@ -193,7 +204,7 @@ class _Axes:
                     yield f'<circle class="dot {colour}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{size}"/>'
             else:
                 path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in run)
-                yield f'<polyline class="mark {line.kind} {colour}" points="{path}"/>'
+                yield f'<polyline class="mark {line.classes}" points="{path}"/>'
                 if line.kind == "path":
                     yield from (
                         f'<circle class="dot {colour}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="2.2"/>'
@@ -210,7 +221,15 @@ class _Axes:
             "log": self.chart.log_x,
             "nearest": "point" if any(line.kind in ("dots", "path") for line in self.chart.lines) else "step",
             "lines": [
-                {"name": line.name, "colour": line.colour, "points": [[_rounded(x), _rounded(y)] for x, y in points]}
+                {
+                    "name": line.name,
+                    "colour": line.colour,
+                    "points": [
+                        [_rounded(x), _rounded(y)]
+                        for x, y in points
+                        if y is not None or line.kind != "path"  # whose gaps have no place of their own
+                    ],
+                }
                 for line, points in self.lines
                 if line.kind != "level"
             ],
@@ -219,6 +238,14 @@ class _Axes:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
+
+
+def _drawable(points: Points) -> Points:
+    """With a gap for each that is too large to be drawn."""
+    return [
+        (x, y) if y is not None and max(abs(x), abs(y)) <= _LARGEST else (x if abs(x) <= _LARGEST else 0.0, None)
+        for x, y in points
+    ]
 
 
 def _without_gaps(points: Points) -> Iterator[list[tuple[float, float]]]:
@@ -281,7 +308,7 @@ def sparkline(values: Sequence[float | None], width: int = 40) -> str:
     """
     size = max(1, -(-len(values) // width))
     stretches = [values[start : start + size] for start in range(0, len(values), size)]
-    known = [[value for value in stretch if value is not None] for stretch in stretches]
+    known = [[value for value in stretch if value is not None and abs(value) <= _LARGEST] for stretch in stretches]
     means = [sum(stretch) / len(stretch) if stretch else None for stretch in known]
     found = [mean for mean in means if mean is not None]
     if not found:

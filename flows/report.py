@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jinja2
@@ -45,7 +45,7 @@ def write_report(folders: Sequence[str | Path], target: Path | None = None) -> P
     Raises:
         RunDirectoryError: a folder is no run, or the page cannot be written.
     """
-    states = [read_run(folder) for folder in dict.fromkeys(map(str, folders))]
+    states = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
     if target is None:
         common = Path(os.path.commonpath([state.root.resolve() for state in states]))
         target = RunDirectory(states[0].root).report if len(states) == 1 else common / "comparison.html"
@@ -86,12 +86,15 @@ def _asset(name: str) -> str:
 
 
 def _names(states: Sequence[RunState]) -> list[str]:
-    """A name a run: its folder's, with the folder above it where two are called the same."""
-    names = [state.name for state in states]
-    return [
-        name if names.count(name) == 1 else f"{state.root.resolve().parent.name}/{name}"
-        for state, name in zip(states, names, strict=True)
-    ]
+    """A name a run: its folder's, after as many of those above it as it takes to tell it from the others."""
+    parts = [state.root.resolve().parts for state in states]
+
+    def name(own: tuple[str, ...]) -> str:
+        others = [other for other in parts if other != own]
+        depth = next(size for size in range(1, len(own) + 1) if own[-size:] not in [one[-size:] for one in others])
+        return str(PurePath(*own[-depth:]))
+
+    return [name(own) for own in parts]
 
 
 @contextmanager

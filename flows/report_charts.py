@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from flows.curves import Chart, Line, Points, curve
+from flows.curves import COLOURS, DASHES, Chart, Line, Points, curve
 from flows.verdict import as_estimate
 from pipeline.learning_curve import LearningCurve
 from pipeline.metrics import MetricsRow
@@ -30,8 +30,8 @@ def charts_of(state: RunState) -> dict[str, list[Chart]]:
     return {stage: charts for stage, charts in found.items() if charts}
 
 
-def compared(runs: Sequence[RunState]) -> list[Chart]:
-    """The most telling curves of several runs on common axes."""
+def compared(runs: Mapping[str, RunState]) -> list[Chart]:
+    """The most telling curves of several runs, which have names here, on common axes."""
     return [chart for chart in map(lambda wanted: _compared(runs, *wanted), _COMPARED) if _has_something(chart)]
 
 
@@ -46,9 +46,12 @@ _COMPARED = (
 )
 
 
-def _compared(runs: Sequence[RunState], stage: str, metric: str, title: str, unit: str, x: str, about: str) -> Chart:
+def _compared(
+    runs: Mapping[str, RunState], stage: str, metric: str, title: str, unit: str, x: str, about: str
+) -> Chart:
     lines = [
-        Line(state.name, curve(_rows(state, stage), metric), colour=1 + index % 6) for index, state in enumerate(runs)
+        Line(name, curve(_rows(state, stage), metric), colour=1 + index % COLOURS, dashes=index // COLOURS % DASHES)
+        for index, (name, state) in enumerate(runs.items())
     ]
     return Chart(title, unit, [line for line in lines if line.points], x, about)
 
@@ -244,18 +247,24 @@ def _ppo(rows: Sequence[MetricsRow], config: Mapping[str, Any], gold_against_kl:
 
 
 def _score_against_kl(rows: Sequence[MetricsRow]) -> Chart:
-    points = [
-        (kl, score)
-        for row in rows
-        if (kl := row.get("kl/policy_reference_k1")) is not None and (score := row.get("objective/score")) is not None
+    lines = [
+        Line(name, points, kind, colour=colour)
+        for colour, (name, kind, kl, score) in enumerate(_SCORES_AGAINST_KL, 1)
+        if (points := [_at_root(row[kl], row[score]) for row in rows if kl in row and score in row])
     ]
-    return Chart(
-        "Score against KL",
-        "reward",
-        [Line("a round", points, "path")] if points else [],
-        "KL to SFT in nats an answer",
-        "What each nat of distance buys. Where the line turns flat or down, the reward model is being exploited.",
-    )
+    return Chart("Score against KL", "reward", lines, _ROOT_OF_KL, "What distance from SFT buys of the reward itself.")
+
+
+_ROOT_OF_KL = "square root of the KL to SFT in nats an answer"
+_SCORES_AGAINST_KL: tuple[tuple[str, Literal["path", "dots"], str, str], ...] = (
+    ("a round", "path", "kl/policy_reference_k1", "objective/score"),
+    ("held out", "dots", "held_out/kl", "held_out/score"),
+)
+
+
+def _at_root(kl: float | None, score: float | None) -> tuple[float, float | None]:
+    """A point at the square root of an estimated KL, which may fall below 0; a gap where the KL is not known."""
+    return (0.0, None) if kl is None else (math.sqrt(max(0.0, kl)), score)
 
 
 def _gold_against_kl(state: RunState) -> Chart:
@@ -288,7 +297,7 @@ def _gold_against_kl(state: RunState) -> Chart:
         "Gold against KL",
         "the gold measure's score",
         lines,
-        "square root of the KL to SFT in nats an answer",
+        _ROOT_OF_KL,
         "What training does not see. Where it falls while the reward still rises, the reward is over-optimised.",
     )
 

@@ -406,7 +406,7 @@ class Comparison:
 
     def __init__(self, views: Sequence[RunView]) -> None:
         self.views = views
-        self.charts = compared([view.state for view in views])
+        self.charts = compared({view.name: view.state for view in views})
         self.names = [view.name for view in views]
 
     @cached_property

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from flows.curves import (  # fmt: skip
+    COLOURS,
+    DASHES,
     HEIGHT,
     WIDTH,
     Chart,
@@ -59,6 +61,30 @@ def test_a_figure_that_was_not_finite_leaves_a_gap() -> None:
     assert len(re.findall("<circle", drawn)) == 1, "the value between two gaps is a dot"
     data = json.loads(ElementTree.fromstring(drawn).get("data-chart", ""))
     assert data["lines"][0]["points"] == [list(point) for point in points]
+
+
+def test_figures_too_large_to_be_drawn_are_gaps() -> None:
+    """The range from -1e308 to 1e308 is no finite number."""
+    points: Points = [(1.0, 1.0), (2.0, 2.0), (3.0, 1e308), (4.0, 3.0), (5.0, -1e308), (6.0, 1.7976931348623157e308)]
+    drawn = picture(Chart("Score", "reward", [Line("score", points)]))
+    assert [len(line) for line in polylines(drawn)] == [2]
+    root = ElementTree.fromstring(drawn)
+    data = json.loads(root.get("data-chart", ""), parse_constant=pytest.fail)
+    assert [value for _, value in data["lines"][0]["points"]] == [1.0, 2.0, None, 3.0, None, None]
+    assert root.get("aria-label") == "Score (reward): score 3"
+    assert 0 < data["range"][2] < 1 and 3 < data["range"][3] < 4
+    far = [(1e308, 1.0), (-1e308, 2.0), (1.0, 3.0), (2.0, 4.0)]
+    assert [len(line) for line in polylines(picture(Chart("", "", [Line("a path", far, "path")])))] == [2]
+    assert sparkline([0.0, 1e308, -1e308, 7.0]) == "▁  █"
+
+
+def test_more_runs_than_colours_are_told_apart_by_dashes() -> None:
+    looks = {Line("a run", [], colour=1 + n % COLOURS, dashes=n // COLOURS).classes for n in range(COLOURS * DASHES)}
+    assert len(looks) == COLOURS * DASHES
+    style = (Path(__file__).parents[2] / "flows" / "report_page" / "page.css").read_text()
+    for name in [part for look in looks for part in look.split() if part not in ("line", "path")]:
+        assert f".plot .{name} {{" in style or f".{name} {{ --colour" in style, name
+        assert "dashes" not in name or f".legend .{name}::before" in style, name
 
 
 def test_a_chart_has_axes_units_and_words_for_those_who_do_not_see() -> None:

@@ -311,9 +311,61 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert "the same settings" not in text, "their folders differ"
 
 
+def begun_run(folder: Path, **figures: list[float]) -> Path:
+    """A run whose PPO has come a few rounds."""
+    run = RunDirectory.open(load_config(light_config(folder, run_dir=str(folder / "exp"))))
+    write_metrics(run, "ppo", rounds=6)
+    rows = [json.loads(line) for line in run.metrics("ppo").read_text().splitlines()]
+    for name, values in figures.items():
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
+    run.metrics("ppo").write_text(lines(rows))
+    return run.root
+
+
+def charts(page: Seen) -> list[dict[str, Any]]:
+    return [json.loads(found["data-chart"]) for found in page.having("data-chart")]
+
+
+def test_curves_of_runs_of_one_name_are_told_apart_however_deep_the_names_are_common(tmp_path: Path) -> None:
+    page = page_of(*[begun_run(tmp_path / part / "p" / "q") for part in ("a", "b")], begun_run(tmp_path / "c"))
+    names = ["a/p/q/exp", "b/p/q/exp", "c/exp"]
+    assert [line["name"] for line in charts(page)[0]["lines"]] == names
+    assert " ".join(names) in page.text, "the legend"
+
+
+def test_from_the_seventh_run_on_lines_are_dashed(tmp_path: Path) -> None:
+    page = page_of(*[begun_run(tmp_path / f"run{number}") for number in range(8)])
+    drawn = [found["class"] for found in page.having("points") if found["class"].startswith("mark line")]
+    assert drawn[:8] == [f"mark line c{n}" for n in range(1, 7)] + ["mark line c1 dashes1", "mark line c2 dashes1"]
+    legend = [found["class"] for tag, found in page.elements if tag == "li"]
+    assert legend[6] == "line c1 dashes1"
+
+
+def test_a_round_without_score_or_kl_is_a_gap_in_score_against_kl(tmp_path: Path) -> None:
+    """Not joined over, and with no place of its own under the pointer."""
+    nan = float("nan")
+    root = begun_run(
+        tmp_path, **{"objective/score": [0, 1, nan, 3, 4, 5], "kl/policy_reference_k1": [0.1, 0.2, 0.3, 0.4, nan, 0.6]}
+    )
+    page = page_of(root)
+    chart = next(one for one in charts(page) if one["x"] == "KL to SFT in nats an answer")
+    assert chart["lines"][0]["points"] == [[0.1, 0], [0.2, 1], [0.4, 3], [0.6, 5]]
+    paths = [found["points"].split() for found in page.having("points") if "path" in found["class"]]
+    assert [len(path) for path in paths] == [2], "the other two stand alone"
+
+
+def test_extreme_figures_break_nothing(tmp_path: Path) -> None:
+    root = begun_run(tmp_path, **{"objective/score": [1e308, -1e308, 1, 2, 3, 1e308]})
+    result = trivet("report", root)
+    assert result.exit_code == 0, result.output
+    assert "1e+308" not in (root / "report.html").read_text()
+    assert trivet("show", root).exit_code == 0
+
+
 def test_a_run_named_twice_is_one(tmp_path: Path) -> None:
     folder = whole_run(tmp_path).config.run_dir
-    assert trivet("report", folder, folder).exit_code == 0
+    assert trivet("report", folder, Path(folder) / ".." / Path(folder).name).exit_code == 0
     assert not Seen((Path(folder) / "report.html").read_text()).having("data-run", "compare")
 
 
