@@ -173,7 +173,7 @@ def _edges(state: RunState, stages: Sequence[StageState]) -> Iterator[tuple[Stag
 
 
 def _card(stage: StageState, state: RunState, x: float, y: float, width: float, height: float) -> str:
-    status = f"{_MARKS[stage.status]} {stage.status} {progress_of(stage)}".strip()
+    status = f"{_MARKS[stage.status]} {stage.status}"
     used = ""
     if stage.manifest is not None:
         used = f"{duration(stage.manifest.seconds)}, {megabytes(stage.manifest.peak_memory_bytes)}"
@@ -181,6 +181,8 @@ def _card(stage: StageState, state: RunState, x: float, y: float, width: float, 
         f'<text class="title" x="{x + 16}" y="{y + 28}">{escape(TITLES[stage.name])}</text>',
         f'<text class="status" x="{x + width - 14}" y="{y + 28}" text-anchor="end">{escape(status)}</text>',
         f'<text class="used" x="{x + 16}" y="{y + 54}">{escape(used)}</text>',
+        # Beside a long title there is no room for it.
+        f'<text class="status" x="{x + width - 14}" y="{y + 54}" text-anchor="end">{progress_of(stage)}</text>',
     ]
     for number, line in enumerate(key_lines(stage, state)[:3]):
         texts.append(f'<text x="{x + 16}" y="{y + 82 + 21 * number}">{escape(line)}</text>')

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from reported_run import hostile_run, whole_run
 
-from flows.report import write_report
+from flows.report import render, write_report
+from pipeline.run_state import Status, read_run
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
@@ -178,6 +181,39 @@ def test_a_pointer_on_a_logarithmic_chart_finds_the_points_where_they_are_drawn(
             " return [box.left + box.width / 2, box.top + box.height / 2]; })()"
         )
         assert spot == pytest.approx([x, y], abs=1.5), "the mark is on the dot"
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_texts_of_the_pipeline_do_not_stand_on_each_other(tab: Page, tmp_path: Path, width: int) -> None:
+    """Whatever became of the stages, on a wide page and on a phone."""
+    state = read_run(whole_run(tmp_path).config.run_dir)
+    statuses: tuple[Status, ...] = ("going", "interrupted", "failed", "damaged", "outdated", "waiting", "finished")
+    states = [
+        replace(state, stages={name: replace(one, status=status, done=1.0) for name, one in state.stages.items()})
+        for status in statuses
+    ]
+    page = tmp_path / "page.html"
+    page.write_text(render(states))
+    tab.size(width, 900, phone=width < 900)
+    try:
+        for number, status in enumerate(statuses):
+            tab.open(page, f"#{number}/overview")
+            texts = "[...document.querySelectorAll('.stage text')].filter((one) => one.checkVisibility())"
+            boxes = tab.ask(
+                f"{texts}.filter((one) => one.textContent).map((one) => {{ const box = one.getBoundingClientRect();"
+                " const card = one.parentNode.querySelector('.card').getBoundingClientRect();"
+                " return [one.textContent, box.left, box.right, box.top, box.bottom, card.left, card.right]; })"
+            )
+            assert len(boxes) >= 16 and status in boxes[1][0]
+            for text, left, right, _, _, first, last in boxes:
+                assert first < left and right < last, f"{text} leaves its card"
+            for one, other in combinations(boxes, 2):
+                beside = one[2] + 4 <= other[1] or other[2] + 4 <= one[1]
+                # A line's box is a little taller than its letters.
+                apart = one[4] <= other[3] + 2 or other[4] <= one[3] + 2
+                assert beside or apart, f"{one[0]} and {other[0]}"
+    finally:
+        tab.size(1200, 900)
 
 
 def test_light_and_dark_follow_the_device_and_the_button(tab: Page, report: Path) -> None:
