@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +42,7 @@ _STYLES = {
 }
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_BETWEEN_LINES = 15.0
+_WINDOW = 16  # steps that the pace is taken from
 
 
 def show_runs(folder: Path, console: Console) -> None:
@@ -109,24 +112,72 @@ def watch_run(folder: Path, console: Console) -> None:
     Raises:
         RunDirectoryError: there is no run.
     """
-    state = read_run(folder)
+    state, pace = read_run(folder), Pace()
     if not console.is_terminal:
-        _watch_in_lines(folder, state, console)
+        _watch_in_lines(folder, state, pace, console)
         return
-    with Live(Group(*_parts(state)), console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        while state.is_going:
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        while True:
+            pace.look(state, time.monotonic())
+            live.update(Group(*_parts(state, pace)), refresh=True)
+            if not state.is_going:
+                break
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             state = read_run(folder)
-            live.update(Group(*_parts(state)), refresh=True)
 
 
-def _watch_in_lines(folder: Path, state: RunState, console: Console) -> None:
-    last, printed_at = "", float("-inf")
+class Pace:
+    """How long stages will take yet, by how fast the share of their steps that is done has grown of late."""
+
+    def __init__(self) -> None:
+        self._grown: dict[str, deque[tuple[float, float]]] = {}
+        self._now = 0.0
+
+    def look(self, state: RunState, now: float) -> None:
+        """Take note of what is done now, in seconds of any clock."""
+        self._now = now
+        for stage in state.stages.values():
+            if stage.status != "going" or stage.done is None:
+                self._grown.pop(stage.name, None)
+                continue
+            seen = self._grown.setdefault(stage.name, deque(maxlen=_WINDOW + 1))
+            if not seen:
+                # It was reached some time before the first look; nobody knows when.
+                seen.append((float("-inf"), stage.done))
+            elif stage.done != seen[-1][1]:
+                seen.append((now, stage.done))
+
+    def seconds_left(self, stage: StageState) -> float | None:
+        """None where nothing is known yet. Before two steps were seen, PPO's rounds tell how long they took."""
+        if stage.status != "going" or not stage.done or stage.done >= 1:
+            return None
+        seen = [one for one in self._grown.get(stage.name, ()) if one[0] > float("-inf")]
+        since = self._now - seen[-1][0] if seen else 0.0
+        if len(seen) > 1 and seen[-1][1] > seen[0][1]:
+            whole = (seen[-1][0] - seen[0][0]) / (seen[-1][1] - seen[0][1])
+        else:
+            rounds = [seconds for row in stage.metrics[-_WINDOW:] if (seconds := row.get("seconds/total")) is not None]
+            if not rounds:
+                return None
+            whole = sum(rounds) / len(rounds) * (stage.metrics[-1]["step"] or 0) / stage.done
+        return max(0.0, whole * (1 - stage.done) - since)
+
+    def words(self, stage: StageState) -> str:
+        """`1 min 27 s left`, where that is known; else nothing."""
+        left = self.seconds_left(stage)
+        return "" if left is None else f"{duration(left)} left"
+
+
+def _watch_in_lines(folder: Path, state: RunState, pace: Pace, console: Console) -> None:
+    last: tuple[str, ...] = ()
+    printed_at = float("-inf")
     while True:
-        line = "  ".join(filter(None, (_progress_line(state), *_newest(state))))
-        if line != last and (time.monotonic() - printed_at >= _SECONDS_BETWEEN_LINES or not state.is_going):
+        pace.look(state, time.monotonic())
+        news = (", ".join(_in_words(stage) for stage in state.stages.values()), *_newest(state))
+        if news != last and (time.monotonic() - printed_at >= _SECONDS_BETWEEN_LINES or not state.is_going):
+            line = "  ".join(filter(None, (_progress_line(state, pace), *news[1:])))
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-            last, printed_at = line, time.monotonic()
+            last, printed_at = news, time.monotonic()
         if not state.is_going:
             break
         time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -134,20 +185,35 @@ def _watch_in_lines(folder: Path, state: RunState, console: Console) -> None:
     console.print(verdict_of(read_run(folder)).line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _progress_line(state: RunState) -> str:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return (
-        f"{now}  {', '.join(_in_words(stage) for stage in state.stages.values())}" if state.is_going else state.status
-    )
+def _progress_line(state: RunState, pace: Pace) -> str:
+    if not state.is_going:
+        return state.status
+    stages = (", ".join(filter(None, (_in_words(stage), pace.words(stage)))) for stage in state.stages.values())
+    return f"{datetime.now(UTC).isoformat(timespec='seconds')}  {', '.join(stages)}"
 
 
 def _newest(state: RunState) -> Iterator[str]:
+    """The latest figures of the stage that is going; of PPO with the curves that matter, and what it said last."""
     stage = next((one for one in state.stages.values() if one.status == "going"), None)
-    if stage is not None:
-        yield from key_lines(StageState(stage.name, stage.status, metrics=stage.metrics), state)
+    if stage is None:
+        return
+    lines = key_lines(StageState(stage.name, stage.status, metrics=stage.metrics), state)
+    if stage.name != "ppo":
+        yield from lines
+        return
+    yield from lines[:1]
+    for label, metric, unit in _CURVES:
+        values = [row[metric] for row in stage.metrics if metric in row]
+        known = [value for value in values if value is not None]
+        if known:
+            drawn = f" {sparkline(values, _SHORT_CURVE)}" if metric in _DRAWN else ""
+            yield f"{label} {short(known[-1])}{unit}{drawn}"
+    if state.rounds:
+        said = " ".join(_plain(state.rounds[-1].get("response")).split())
+        yield f"last answer: {textwrap.shorten(said, _SHORT_ANSWER, placeholder=' ...') or '(nothing)'}"
 
 
-def _parts(state: RunState) -> Iterator[RenderableType]:
+def _parts(state: RunState, pace: Pace | None = None) -> Iterator[RenderableType]:
     verdict = verdict_of(state)
     yield Text.assemble((str(state.root), "bold"), "  ", (state.status, _STYLES[state.status]))
     yield Text(verdict.headline, _STYLES[verdict.outcome])
@@ -156,7 +222,7 @@ def _parts(state: RunState) -> Iterator[RenderableType]:
         yield Text(caution, "yellow")
     for fault in state.faults[:8]:
         yield Text(f"cannot be read: {fault}", "red")
-    yield _stages_table(state)
+    yield _stages_table(state, pace)
     for name, metric, unit in _CURVES:
         if curve := _curve(state, name, metric, unit):
             yield curve
@@ -166,20 +232,27 @@ def _parts(state: RunState) -> Iterator[RenderableType]:
 
 _CURVES = (
     ("score", "objective/score", ""),
+    ("reward", "objective/reward", ""),
     ("KL", "kl/policy_reference_k1", " nats"),
     ("entropy", "policy/entropy", " nats"),
     ("length", "response/length_mean", " tokens"),
+    ("clipped", "policy/clip_fraction", ""),
 )
+_DRAWN = ("objective/reward", "kl/policy_reference_k1")
+_SHORT_CURVE, _SHORT_ANSWER = 12, 80
+"""In a line: bars of a curve, and letters of an answer."""
 
 
-def _stages_table(state: RunState) -> Table:
+def _stages_table(state: RunState, pace: Pace | None) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("stage", "status", "time", "memory", "figures"):
         justify: Any = "right" if column in ("time", "memory") else "left"
         table.add_column(column, justify=justify, overflow="fold")
     for stage in state.stages.values():
         used = ("", "")
-        if stage.manifest is not None:
+        if pace is not None and stage.status == "going":
+            used = (pace.words(stage), "")
+        elif stage.manifest is not None:
             used = (duration(stage.manifest.seconds), megabytes(stage.manifest.peak_memory_bytes))
         status = Text(f"{stage.status} {progress_of(stage)}".strip(), _STYLES[stage.status])
         figures = Text(", ".join(key_lines(stage, state)))

@@ -14,9 +14,10 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from flows.runs import show_run, show_runs, watch_run
+from flows.runs import Pace, show_run, show_runs, watch_run
 from pipeline.config_file import load_config
 from pipeline.run_directory import RunDirectory
+from pipeline.run_state import RunState, StageState, Status
 
 
 def trivet(*arguments: str | Path) -> Result:
@@ -28,7 +29,7 @@ def going_run(folder: Path) -> RunDirectory:
     loaded = load_config(light_config(folder, run_dir=str(folder / "going"), ppo={"iterations": 8}))
     run = RunDirectory.open(loaded)
     publish("sft", loaded, run)
-    write_metrics(run, "ppo", rounds=6)
+    write_metrics(run, "ppo", rounds=6, **{"seconds/total": [2.0] * 6})
     write_samples(run, rounds=6)
     return run
 
@@ -135,3 +136,68 @@ def test_watching_follows_the_run_to_its_end(tmp_path: Path, terminal: bool, mon
     if not terminal:
         assert "\x1b" not in text(found)
         assert text(found).splitlines()[-1] == "ppo was interrupted"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_that_is_watched_shows_stage_time_left_figures_curves_and_what_it_says(
+    tmp_path: Path, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, found = going_run(tmp_path), console(terminal)
+
+    def leave(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.runs.time.sleep", leave)
+    with run.locked("ppo", warn=print), pytest.raises(KeyboardInterrupt):
+        watch_run(run.root, found)
+    words = " ".join(text(found).split())
+    figures = ("score", "reward", "KL", "entropy", "length", "clipped")
+    for said in ("going 75%", "4.0 s left", "round 6", "It is round 6.", "▁▄▅▆▇█", "▁▂▄▅▇█", *figures):
+        assert said in words, said
+    for value in ("1.79", "1.69", "1.8 nats", "1.7 nats", "26 tokens", "0.1"):
+        assert value in words, value
+    if not terminal:
+        assert len(text(found).splitlines()) == 1
+        assert words.endswith("last answer: It is round 6.")
+
+
+def test_a_line_is_printed_for_news_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not because time has gone by."""
+    monkeypatch.setattr("flows.runs._SECONDS_BETWEEN_LINES", 0.0)
+    run, found, looks = going_run(tmp_path), console(), []
+
+    def look_again(_: float) -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            write_samples(run, rounds=7)
+        elif len(looks) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.runs.time.sleep", look_again)
+    with run.locked("ppo", warn=print), pytest.raises(KeyboardInterrupt):
+        watch_run(run.root, found)
+    assert [line.rpartition(" round ")[2] for line in text(found).splitlines()] == ["6.", "7."]
+
+
+def test_the_time_left_is_by_how_fast_the_share_grew_of_late() -> None:
+    def state(done: float | None, status: Status = "going", **row: float) -> RunState:
+        stage = StageState("sft", status, metrics=[{"step": 1, **row}], done=done)
+        return RunState(Path(), {}, {}, (), None, (), {}, {"sft": stage})
+
+    pace = Pace()
+
+    def left(of: RunState, now: float) -> float | None:
+        pace.look(of, now)
+        return pace.seconds_left(of.stages["sft"])
+
+    assert left(state(None), 0.0) is None
+    assert left(state(0.1), 100.0) is None, "nobody knows when that was reached"
+    assert left(state(0.2), 103.0) is None
+    assert left(state(0.2), 104.0) is None
+    assert left(state(0.3), 113.0) == pytest.approx(70.0)
+    assert left(state(0.3), 118.0) == pytest.approx(65.0), "it runs down between two steps"
+    assert left(state(0.3), 999.0) == 0.0
+    assert left(state(1.0), 999.0) is None and pace.words(state(1.0).stages["sft"]) == ""
+    assert left(state(0.3, "interrupted"), 999.0) is None
+    assert left(state(0.3), 1000.0) is None, "started again"
+    assert left(state(0.5, **{"seconds/total": 4.0}), 1001.0) == pytest.approx(4.0), "PPO's rounds tell it at once"
