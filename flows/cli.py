@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 EXIT_ENDED_AT_ONCE = 130
+_GOING_ON = ("run", "sft", "reward", "ppo", "evaluate", "learning-curve", "generate")
+"""Commands that keep what they have done when they are cut off."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -43,7 +45,9 @@ class _Commands(typer.core.TyperGroup):
             print("Stopped in order. The same command goes on where this one stopped.", file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except KeyboardInterrupt:
-            print("Interrupted. The same command goes on where this one stopped.", file=sys.stderr)
+            goes_on = ctx.invoked_subcommand in _GOING_ON
+            more = " The same command goes on where this one stopped." if goes_on else ""
+            print(f"Interrupted.{more}", file=sys.stderr)
             raise typer.Exit(EXIT_ENDED_AT_ONCE) from None
 
 

@@ -13,7 +13,7 @@ from flows.report import LiveReport
 from pipeline import scored_pairs
 from pipeline.artifacts import read_manifest
 from pipeline.config_file import LoadedConfig
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import RunDirectory, read_json
 from pipeline.scored_pairs import SCORED, ScoredPair, Slice
 from stages.device_lock import device_lock
 from stages.judge_pairs import read_files
@@ -54,6 +54,9 @@ def judge_pairs(loaded: LoadedConfig, files: Sequence[str], max_length: int, dis
     for file in found:
         pairs, _ = scored_pairs.read_scored(run.judged_pairs(file.name) / SCORED)
         display.console.print(table_of(file.name, pairs))
+        if dropped := read_json(run.judged_pairs(file.name) / "about.json")["dropped"]:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+            display.line(f"{file.name}: rows left out: {reasons}.", "yellow")
     LiveReport(run.root, display.line).write()
     display.line(f"The pairs the model gets most wrong, and the rest: {run.report}")
 

@@ -22,6 +22,7 @@ import pipeline
 from flows.curves import Chart, picture, short
 from flows.report_views import Comparison, RunView
 from flows.summary import number_text
+from pipeline.errors import RunDirectoryError
 from pipeline.memory import megabytes
 from pipeline.progress import duration
 from pipeline.run_directory import RunDirectory, write_text
@@ -45,11 +46,19 @@ def write_report(folders: Sequence[str | Path], target: Path | None = None) -> P
     Raises:
         RunDirectoryError: a folder is no run, or the page cannot be written.
     """
+    named = target is not None
     states = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
     if target is None:
         common = Path(os.path.commonpath([state.root.resolve() for state in states]))
         target = RunDirectory(states[0].root).report if len(states) == 1 else common / "comparison.html"
-    write_text(target, render(states))
+    try:
+        write_text(target, render(states))
+    except RunDirectoryError as error:
+        if not named and len(states) == 1:
+            raise
+        raise RunDirectoryError(
+            error.problem, where=error.where, remedy="Correct that, or name another place with -o."
+        ) from error
     return target
 
 

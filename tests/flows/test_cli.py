@@ -34,6 +34,22 @@ def test_version() -> None:
     assert (result.exit_code, result.output) == (0, f"trivet {pipeline.__version__}\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "place", "goes_on"),
+    [("run", "flows.cli._load", True), ("chat", "pipeline.finished_run.open_run", False)],
+)
+def test_what_is_interrupted_goes_on_only_where_something_is_kept(
+    command: str, place: str, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    result = trivet(command, tmp_path)
+    assert result.exit_code == 130 and result.stderr.startswith("Interrupted.")
+    assert ("The same command goes on where this one stopped." in result.stderr) == goes_on
+
+
 def test_help_names_every_command() -> None:
     for arguments in ([], ["--help"], ["-h"]):
         output = trivet(*arguments).output

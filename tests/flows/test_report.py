@@ -285,6 +285,16 @@ def test_a_run_that_is_not_there_is_an_error_with_a_way_out(tmp_path: Path) -> N
         write_report([tmp_path])
 
 
+def test_a_page_that_cannot_be_written_says_how_to_name_another_place(tmp_path: Path) -> None:
+    run = RunDirectory.open(load_config(light_config(tmp_path)))
+    (tmp_path / "file").write_text("")
+    result = trivet("report", run.root, "-o", tmp_path / "file" / "page.html")
+    assert result.exit_code == 2 and "name another place with -o" in result.stderr, result.output
+    assert "run_dir" not in result.stderr
+    run.report.mkdir()
+    assert "run_dir=" in trivet("report", run.root).stderr, "its own page belongs into its folder"
+
+
 # -- several runs
 
 

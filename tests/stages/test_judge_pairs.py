@@ -143,7 +143,11 @@ def test_pairs_that_are_all_too_long_are_an_error(trained: LoadedConfig, tmp_pat
 
 def test_the_command_prints_accuracy_by_subset_and_fills_the_report(trained: LoadedConfig, tmp_path: Path) -> None:
     """The whole command in processes of its own, as a user starts it."""
-    path = write(tmp_path / "mybench.jsonl", bench_rows())
+    left_out = [
+        {"prompt": "p", "chosen": "same", "rejected": "same", "subset": "chat"},
+        {"prompt": "long", "chosen": "x" * 3000, "rejected": "y", "subset": "chat"},
+    ]
+    path = write(tmp_path / "mybench.jsonl", [*bench_rows(), *left_out])
     result = CliRunner().invoke(app, ["judge-pairs", str(trained.path), str(path), "reward.microbatch_size=4"])
     assert result.exit_code == 0, result.output
     run = RunDirectory(trained.config.run_dir)
@@ -151,6 +155,10 @@ def test_the_command_prints_accuracy_by_subset_and_fills_the_report(trained: Loa
     wins = sum(pair.lead > 0 for pair in pairs)
     for text in ("mybench", "chat", "safety", "code", "all pairs", f"{wins / 24:.3f}", "mean of the subsets"):
         assert text in result.stdout, text
+    about = json.loads((run.judged_pairs("mybench") / "about.json").read_text())
+    assert sum(about["dropped"].values()) == 2
+    reasons = ", ".join(f"1 {reason}" for reason in sorted(about["dropped"]))
+    assert f"mybench: rows left out: {reasons}." in result.stdout
     page = run.report.read_text()
     assert "mybench.jsonl" in page and "safety" in page
     assert "--pairs=" in (run.root / "logs" / "judge_pairs.log").read_text()
