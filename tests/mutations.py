@@ -1516,6 +1516,37 @@ TABLE = (
         ("tests/flows/test_verdict.py::test_gold_decides_and_the_others_are_told",),
     ),
     Mutation(
+        "report: an independent judge of another mind is not named",
+        "flows/verdict.py",
+        "independent = [one for one in (first, *others) if one.is_independent]",
+        "independent = [one for one in (first,) if one.is_independent]",
+        ("tests/flows/test_verdict.py::test_a_judge_of_another_mind_is_named_with_its_figure",),
+    ),
+    Mutation(
+        "report: runs of one name have one curve",
+        "flows/report_views.py",
+        "compared({view.name: view.state for view in views})",
+        "compared({view.state.name: view.state for view in views})",
+        (f"{REPORT}::test_curves_of_runs_of_one_name_are_told_apart_however_deep_the_names_are_common",),
+    ),
+    Mutation(
+        "report: score against KL is joined over its gaps",
+        "flows/report_charts.py",
+        "[(0.0, None) if kl is None else (kl, score) for kl, score in pairs]",
+        "[(kl, score) for kl, score in pairs if kl is not None and score is not None]",
+        (f"{REPORT}::test_a_round_without_score_or_kl_is_a_gap_in_score_against_kl",),
+    ),
+    Mutation(
+        "report: figures of any size are drawn",
+        "flows/curves.py",
+        "(x, y) if y is not None and max(abs(x), abs(y)) <= _LARGEST else",
+        "(x, y) if y is not None else",
+        (
+            "tests/flows/test_curves.py::test_figures_too_large_to_be_drawn_are_gaps",
+            f"{REPORT}::test_extreme_figures_break_nothing",
+        ),
+    ),
+    Mutation(
         "report: results that were replaced still count",
         "pipeline/run_state.py",
         "if now is not None and now.digest != wanted:",
@@ -1580,6 +1611,20 @@ TABLE = (
         'if letter.isprintable() or letter == "\\n")',
         "if letter)",
         ("tests/flows/test_runs.py::test_a_model_cannot_command_the_terminal",),
+    ),
+    Mutation(
+        "terminal: the time left is that of what is done",
+        "flows/runs.py",
+        "whole * (1 - stage.done) - since",
+        "whole * stage.done - since",
+        ("tests/flows/test_runs.py::test_the_time_left_is_by_how_fast_the_share_grew_of_late",),
+    ),
+    Mutation(
+        "terminal: a line for every look",
+        "flows/runs.py",
+        "if news != last and (",
+        "if (",
+        ("tests/flows/test_runs.py::test_a_line_is_printed_for_news_alone",),
     ),
     # ---- using a run
     Mutation(
@@ -1844,6 +1889,30 @@ TABLE = (
         "_OPENER = urllib.request.build_opener(_NoRedirects)",
         "_OPENER = urllib.request.build_opener()",
         (f"{ENDPOINT}::test_the_key_does_not_follow_a_redirect",),
+    ),
+    Mutation(
+        "judges: any refusal of one request ends the asking",
+        "pipeline/endpoint_judge.py",
+        "if error.code in _LASTING or error.code < 400:",
+        "if error.code not in _WORTH_A_RETRY:",
+        (f"{ENDPOINT}::test_what_the_endpoint_refuses_of_one_pair_costs_that_pair_alone",),
+    ),
+    Mutation(
+        "judges: the last letter counts, whatever it stands in",
+        "pipeline/endpoint_judge.py",
+        "marked = concluded or marked or unmarked",
+        "marked = {named[-1]}",
+        (
+            f"{ENDPOINT}::test_the_choice_is_told_from_its_reasons",
+            f"{ENDPOINT}::test_a_reply_that_begins_with_one_and_ends_with_the_other_is_asked_for_again",
+        ),
+    ),
+    Mutation(
+        "judges: a reply that was cut off counts as if it were whole",
+        "pipeline/endpoint_judge.py",
+        "if not cut_off:",
+        "if named:",
+        (f"{ENDPOINT}::test_of_a_reply_that_was_cut_off_only_its_beginning_counts",),
     ),
     Mutation(
         "judges: pauses do not grow",
