@@ -1532,8 +1532,8 @@ TABLE = (
     Mutation(
         "report: score against KL is joined over its gaps",
         "flows/report_charts.py",
-        "[(0.0, None) if kl is None else (kl, score) for kl, score in pairs]",
-        "[(kl, score) for kl, score in pairs if kl is not None and score is not None]",
+        "for row in rows if kl in row and score in row",
+        "for row in rows if row.get(kl) is not None and row.get(score) is not None",
         (f"{REPORT}::test_a_round_without_score_or_kl_is_a_gap_in_score_against_kl",),
     ),
     Mutation(
@@ -2035,6 +2035,13 @@ TABLE = (
         "        if int(path.stem) > iteration:\n",
         "        if False:\n",
         ("tests/stages/test_held_out_answers.py::test_answers_of_iterations_that_are_done_again_are_dropped",),
+    ),
+    Mutation(
+        "report: gold stands against the KL itself",
+        "flows/report_charts.py",
+        "(math.sqrt(max(0.0, float(kl))), gold)",
+        "(max(0.0, float(kl)), gold)",
+        (f"{REPORT}::test_gold_stands_against_the_square_root_of_kl",),
     ),
     Mutation(
         "held-out answers are kept under other prompts' numbers",

@@ -356,13 +356,28 @@ def test_a_round_without_score_or_kl_is_a_gap_in_score_against_kl(tmp_path: Path
     """Not joined over, and with no place of its own under the pointer."""
     nan = float("nan")
     root = begun_run(
-        tmp_path, **{"objective/score": [0, 1, nan, 3, 4, 5], "kl/policy_reference_k1": [0.1, 0.2, 0.3, 0.4, nan, 0.6]}
+        tmp_path,
+        **{"objective/score": [0, 1, nan, 3, 4, 5], "kl/policy_reference_k1": [0.01, 0.04, 0.09, 0.16, nan, 0.36]},
     )
     page = page_of(root)
-    chart = next(one for one in charts(page) if one["x"] == "KL to SFT in nats an answer")
+    chart = next(one for one in charts(page) if one["x"] == "square root of the KL to SFT in nats an answer")
     assert chart["lines"][0]["points"] == [[0.1, 0], [0.2, 1], [0.4, 3], [0.6, 5]]
     paths = [found["points"].split() for found in page.having("points") if "path" in found["class"]]
     assert [len(path) for path in paths] == [2], "the other two stand alone"
+
+
+def test_gold_stands_against_the_square_root_of_kl(tmp_path: Path) -> None:
+    """While PPO learned, and of the evaluation's own answers: SFT's at 0."""
+    page = page_of(whole_run(tmp_path).config.run_dir)
+    chart = next(one for one in charts(page) if one["unit"] == "the gold measure's score")
+    learning, evaluated = chart["lines"]
+    assert [y for _, y in learning["points"]] == [0.9, 1.1, 0.7]
+    assert [x for x, _ in learning["points"]] == pytest.approx([1.2**0.5, 2.4**0.5, 3.6**0.5], abs=1e-3)
+    scores = judged(answers())["mean_score"]["gold"]
+    assert [x for x, _ in evaluated["points"]] == [0, 2.0]
+    assert [y for _, y in evaluated["points"]] == pytest.approx(
+        [scores[who]["value"] for who in ("sft", "ppo")], abs=1e-3
+    )
 
 
 def test_extreme_figures_break_nothing(tmp_path: Path) -> None:
