@@ -245,12 +245,13 @@ def _difference(state: RunState, judge: str) -> Estimate | None:
 
 
 def score_gap(answer: Mapping[str, Any], judge: str) -> float | None:
-    """PPO's score less SFT's by one judge; None where one of the two is not there or not finite."""
+    """PPO's score less SFT's by one judge; None where one of the two, or what they make, is not there or not finite."""
     scores = _mapping(_mapping(answer.get("scores")).get(judge))
     pair = [scores.get(name) for name in ("ppo", "sft")]
     if not all(isinstance(score, (int, float)) and math.isfinite(score) for score in pair):
         return None
-    return float(pair[0]) - float(pair[1])  # type: ignore[arg-type]
+    gap = float(pair[0]) - float(pair[1])  # type: ignore[arg-type]
+    return gap if math.isfinite(gap) else None
 
 
 def _what_is_missing(state: RunState) -> tuple[str, str]:

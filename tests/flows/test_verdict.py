@@ -131,7 +131,8 @@ def test_the_difference_is_taken_prompt_by_prompt(tmp_path: Path) -> None:
     assert found == mean_interval(gaps)
     rows[3]["scores"]["gold"]["ppo"] = None
     rows[4]["scores"] = "none"
-    assert evaluated(tmp_path / "gaps", judged(answers(50)), rows).judgement.difference.n == 48
+    rows[5]["scores"]["gold"] = {"ppo": 1e308, "sft": -1e308}
+    assert evaluated(tmp_path / "gaps", judged(answers(50)), rows).judgement.difference.n == 47
 
 
 def test_the_config_can_name_the_judge(tmp_path: Path) -> None:
