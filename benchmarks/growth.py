@@ -50,7 +50,10 @@ def curves(found: dict[str, Any]) -> dict[str, Points]:
     """Seconds and memory against batch and length."""
     return {
         f"{title}, by {what}": [(float(row[axis]), float(row[figure])) for row in found[key]]
-        for key, axis, what in (("batch", "prompts", "responses"), ("length", "new_tokens", "new tokens a response"))
+        for key, axis, what in (
+            ("batch", "prompts", "responses a round"),
+            ("length", "new_tokens", "new tokens a response"),
+        )
         for title, figure in (("seconds", "seconds"), ("peak MB", "peak_memory_mb"))
     }
 
@@ -72,7 +75,7 @@ def main() -> None:
     if arguments.output:
         arguments.output.write_text(text + "\n")
     if arguments.picture:
-        arguments.picture.write_text(draw(curves(found)))
+        arguments.picture.write_text(draw(curves(found), include=(0.0,)))
     print(text)
 
 

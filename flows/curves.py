@@ -87,14 +87,19 @@ def curve(rows: Sequence[MetricsRow], name: str) -> Points:
     return [(float(row["step"] or 0), row[name]) for row in rows if name in row]
 
 
-def draw(curves: dict[str, Points]) -> str:
-    """One picture with a panel a curve, two in a row; as the text of an SVG file that stands alone."""
+def draw(curves: dict[str, Points], include: Sequence[float] = ()) -> str:
+    """One picture with a panel a curve, two in a row; as the text of an SVG file that stands alone.
+
+    Args:
+        curves: the points of each, by its title.
+        include: values that each vertical axis must reach.
+    """
     rows = -(-len(curves) // _COLUMNS)
     width, height = _COLUMNS * WIDTH, rows * HEIGHT
     corners = [(index % _COLUMNS * WIDTH, index // _COLUMNS * HEIGHT) for index in range(len(curves))]
     panels = "".join(
         f'<g transform="translate({x},{y})"><text class="title" x="{_LEFT}" y="18">{escape(name)}</text>'
-        f"{''.join(_Axes(Chart('', '', [Line(name, points)], x='')).elements())}</g>"
+        f"{''.join(_Axes(Chart('', '', [Line(name, points)], x='', include=include)).elements())}</g>"
         for (x, y), (name, points) in zip(corners, curves.items(), strict=True)
     )
     return (
