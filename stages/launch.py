@@ -72,6 +72,8 @@ SOURCE_ROOT = Path(__file__).resolve().parent.parent
 _SUPERVISOR = Path(__file__).resolve().with_name("supervisor.py")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f]")
 _LAUNCHER_REPORT = re.compile(r"torch/distributed/elastic/multiprocessing/api\.py:\d+\] failed \(exitcode")
+_KILLED = re.compile(r"exitcode\s*: -9 \(pid: (\d+)\)")
+_KILLED_BY_LAUNCHER = re.compile(r"Unable to shutdown process (\d+) via")
 # What torchrun's own process ends with where it does not reach, or no longer reaches, that of another machine.
 _APART = re.compile(r"torch\.distributed\.(Dist\w*Error: .*)")
 _FOREIGN_BAR = re.compile(r"\d+%\|.*\|.*\d+/\d+|\d+it \[")
@@ -241,7 +243,7 @@ def launch_stage(
                     raise StoppedInOrder from None
             raise
         if code != 0 or error_path.exists():
-            killed = _was_killed(code, launcher_report)
+            killed = _was_killed(code, [*last_lines, *launcher_report])
             failure = _failure(stage, code, error_path, last_lines, log_path, killed=killed)
             if isinstance(failure, StageProcessError):  # one that was stopped has said so itself
                 log.write(failure.summary)
@@ -504,13 +506,16 @@ _LESS_MEMORY = {
 }
 
 
-def _was_killed(code: int, launcher_report: Sequence[str]) -> bool:
+def _was_killed(code: int, launcher_lines: Sequence[str]) -> bool:
     """Whether a process was killed from outside, as far as the launcher tells.
 
-    It lists those that had ended when it looked. The others, which it ends itself, are not among them; one that misses
-    the killed one may be, and even be called the root cause.
+    Its report lists all that have failed: one that misses the killed one may be called the root cause. Those that it
+    ended itself are listed too, and one that did not heed SIGTERM for half a minute, as one that no longer answers, it
+    killed; it has said so before.
     """
-    return code == 128 + signal.SIGKILL or re.search(r"exitcode\s*: -9\b", "\n".join(launcher_report)) is not None
+    text = "\n".join(launcher_lines)
+    killed, by_launcher = set(_KILLED.findall(text)), set(_KILLED_BY_LAUNCHER.findall(text))
+    return code == 128 + signal.SIGKILL or bool(killed - by_launcher)
 
 
 def _told(error_path: Path) -> dict[str, Any]:

@@ -1817,6 +1817,13 @@ TABLE = (
         (f"{TWO_MACHINES}::test_a_machine_that_stays_alone_says_so_in_time",),
     ),
     Mutation(
+        "what the launcher killed has run out of memory",
+        "stages/launch.py",
+        "bool(killed - by_launcher)",
+        "bool(killed)",
+        ("tests/stages/test_launch.py::test_one_that_no_longer_answers_was_not_killed_for_want_of_memory",),
+    ),
+    Mutation(
         "processes wait for each other as long as torch likes",
         "stages/command.py",
         "        meet(loaded.config.launch.timeout)\n",

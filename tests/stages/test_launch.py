@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -235,6 +236,32 @@ def test_of_two_processes_the_killed_one_is_to_blame(
     assert "ChildFailedError" in seen.log
 
 
+def test_one_that_no_longer_answers_was_not_killed_for_want_of_memory(
+    tmp_path: Path, stage_module: Callable[[str], str]
+) -> None:
+    """What the launcher itself kills, half a minute after the others have ended, is no victim of the system."""
+    light_config(tmp_path)
+    name = stage_module(
+        """
+        import os, signal
+        from accelerate import Accelerator
+        from stages.command import stage_main
+        def run(loaded, run):
+            accelerator = Accelerator()
+            accelerator.wait_for_everyone()
+            if accelerator.process_index == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            accelerator.wait_for_everyone()
+        stage_main("sft", run)
+        """
+    )
+    settings = LaunchSettings(processes=2, timeout=4)
+    seen = start(tmp_path, name, launch=settings, overrides=["launch.processes=2", "launch.timeout=4"])
+    assert "forcefully exiting" in seen.log and re.search(r"exitcode\s*: -9", seen.log)
+    assert "another process of the stage has ended, or did not take part in time" in str(seen.error)
+    assert "memory" not in seen.error.summary
+
+
 def test_an_error_in_the_parent_ends_the_stage(tmp_path: Path, stage_module: Callable[[str], str]) -> None:
     pid_file = tmp_path / "pid"
     name = stage_module(
@@ -291,7 +318,7 @@ def test_stages_side_by_side_have_gpus_of_their_own_where_there_are_enough(monke
 
 def test_an_own_accelerate_config_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("distributed_type: FSDP\nnum_processes: 8\nnum_machines: 2\n")
+    path.write_text("distributed_type: FSDP\nnum_processes: 8\nnum_machines: 2\nmain_process_ip: n\n")
     launch = LaunchSettings(accelerate_config=str(path))
     command = module._accelerate_command(launch, tmp_path, "ppo")
     assert command[command.index("--config_file") + 1] == str(path)
