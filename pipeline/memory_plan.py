@@ -567,6 +567,11 @@ def plan_stages(config: PipelineConfig, shape: ModelShape, device: Device) -> di
     return plans
 
 
+def samples_from_copy(config: PipelineConfig, shape: ModelShape, device: Device) -> bool:
+    """Whether a merged copy is made to sample from, as `ppo.rollout.weights` says or `auto` comes to."""
+    return _Reckoning(config, shape, device).merged_copy() > 0
+
+
 def compute_bytes(dtype: str, *, bfloat16: bool, is_gpu: bool) -> int:
     """Bytes of the dtype that `base.dtype` means on a device: `auto` is float32 on CPUs without bfloat16 alone."""
     if dtype == "auto":

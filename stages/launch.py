@@ -128,7 +128,7 @@ def ensure_stage(
         return stage_result(stage, run, current, cached=True, reason=reason)
     if current is not None:
         reason = "run again on demand"
-    require_launchable(loaded.config)
+    launcher = require_launchable(loaded.config)
     launch, choice = resolve(loaded.config)
     if choice is not None:
         on_line(choice)
@@ -139,7 +139,7 @@ def ensure_stage(
             loaded.path,
             loaded.overrides,
             launch,
-            run.log(stage, launch.machine_rank),
+            run.log(stage, launcher.machine_rank),
             force=force,
             on_line=on_line,
             on_progress=on_progress,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,8 @@ import yaml
 from pipeline.cards import Card, cards_here, find_card, has_accelerator
 from pipeline.config import LaunchSettings, PipelineConfig
 from pipeline.errors import ConfigError, TrivetError
-from pipeline.memory_advice import choose_strategy
-from pipeline.memory_plan import Sharding
+from pipeline.memory_advice import choose_strategy, device_of
+from pipeline.memory_plan import Sharding, samples_from_copy
 from pipeline.model_shape import shape_of
 
 Kind = Literal["none", "ddp", "fsdp"]
@@ -29,6 +29,11 @@ _NO_STAGE_CAN = {
     "MEGATRON_LM": "the stages know no other model than transformers'",
     "XLA": "the stages compute on GPUs, or on CPUs",
 }
+_WHOLE_ON_EACH = tuple(
+    f"MULTI_{device}" for device in ("CPU", "GPU", "NPU", "MLU", "SDAA", "MUSA", "XPU", "HPU", "NEURON")
+)
+_KINDS = ("NO", *_WHOLE_ON_EACH, "FSDP", "DEEPSPEED")
+_PRECISIONS = ("no", "bf16", "fp16")
 _MAKE_ONE = "Make one with `accelerate config --config_file FILE`, or take one of configs/accelerate/."
 
 
@@ -39,6 +44,7 @@ class Launcher:
     For FSDP, `offload` keeps shares in main memory, and `reshard` gives a layer up after its forward pass.
     `mixed_precision` is Accelerate's word for what the base computes in. `machine_rank`, `main_address` and `main_port`
     are as in the launch section. `zero` is the stage of DeepSpeed's ZeRO that a file asks for; None where it does not.
+    `not_done` is what else such a file asks for in vain.
     """
 
     kind: Kind
@@ -52,6 +58,7 @@ class Launcher:
     main_address: str | None = None
     main_port: int | None = None
     zero: int | None = None
+    not_done: tuple[str, ...] = ()
 
     def as_section(self, launch: LaunchSettings) -> LaunchSettings:
         """The launch section that starts the same; what a file does not say is as in `launch`."""
@@ -116,89 +123,169 @@ def read_launcher_file(path: str | Path) -> Launcher:
     """What an own Accelerate config asks for.
 
     Raises:
-        ConfigError: it is not there, or is none.
+        ConfigError: it is not there, is none, or asks for what no stage can do.
     """
     where = f"launch.accelerate_config={path}"
     if not os.path.isfile(path):
         raise ConfigError("there is no such file", where=where, remedy=_MAKE_ONE)
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        name = str(settings.get("distributed_type", "NO")).upper()
-        zero = _read_zero(settings, Path(path), where) if name == "DEEPSPEED" else None
-        machines = max(1, int(settings.get("num_machines") or 1))
-        processes = max(1, max(1, int(settings.get("num_processes") or 1)) // machines)
-        rank, port = int(settings.get("machine_rank") or 0), settings.get("main_process_port")
-        address = settings.get("main_process_ip")
-        fsdp = settings.get("fsdp_config") or {}
-        offload = _is_on(fsdp.get("fsdp_offload_params", False))
-        reshard = _is_on(fsdp.get("fsdp_reshard_after_forward", True))
-        precision = _word(settings.get("mixed_precision"))
+        return _read(yaml.safe_load(Path(path).read_text(encoding="utf-8")), Path(path), where)
+    except ConfigError:
+        raise
     except (OSError, ValueError, TypeError, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(
             f"it is no Accelerate config: {str(error).splitlines()[0]}", where=where, remedy=_MAKE_ONE
         ) from None
+
+
+def _read(settings: Mapping[str, Any], path: Path, where: str) -> Launcher:
+    name = _kind_in(settings, where)
+    machines = _count("num_machines", settings.get("num_machines") or 1, where)
+    world = _count("num_processes", settings.get("num_processes", 1 if name == "NO" else None), where)
+    address, port = settings.get("main_process_ip"), settings.get("main_process_port")
+    if world % machines or (name == "NO" and world > 1):
+        raise ConfigError(
+            f"num_processes is {world}, with num_machines {machines} and distributed_type {name}",
+            where=where,
+            remedy="num_processes counts those of all machines, as many on each; distributed_type NO starts one.",
+        )
+    if machines > 1 and not address:
+        raise ConfigError(
+            "it does not say where machine 0 is", where=where, remedy="Give main_process_ip, and main_process_port."
+        )
+    zero = _read_zero(settings, machines, path, where) if name == "DEEPSPEED" else None
+    fsdp = settings.get("fsdp_config") or {}
+    kind: Kind = "fsdp" if name == "FSDP" or (zero is not None and zero.stage == 3) else "ddp"
+    if name == "NO" or (zero is not None and world == 1):
+        kind = "none"
+    offload = _is_on(fsdp.get("fsdp_offload_params", False)) if zero is None else zero.offload
+    precision = (zero.mixed_precision if zero is not None else None) or _word(settings.get("mixed_precision"))
+    _require_known("mixed_precision", precision, _PRECISIONS, where)
+    return Launcher(
+        kind,
+        world // machines,
+        machines,
+        where,
+        offload=offload and kind == "fsdp",
+        reshard=_is_on(fsdp.get("fsdp_reshard_after_forward", True)) or kind != "fsdp",
+        mixed_precision=precision,
+        machine_rank=_count("machine_rank", settings.get("machine_rank") or 0, where, least=0),
+        main_address=None if address is None else str(address),
+        main_port=None if port is None else _count("main_process_port", port, where, least=0),
+        zero=None if zero is None else zero.stage,
+        not_done=() if zero is None else zero.not_done(kind),
+    )
+
+
+def _kind_in(settings: Mapping[str, Any], where: str) -> str:
+    """Accelerate's `distributed_type`; YAML reads an unquoted `NO` as False."""
+    name = str(settings.get("distributed_type") or "NO").upper()
     if name in _NO_STAGE_CAN:
         raise ConfigError(
             f"it asks for {name}, which no stage can do: {_NO_STAGE_CAN[name]}",
             where=where,
             remedy="Set distributed_type to MULTI_GPU or FSDP there, or take a file of configs/accelerate/.",
         )
-    kind: Kind = "fsdp" if name == "FSDP" or (zero is not None and zero.stage == 3) else "ddp"
-    if name == "NO" or (zero is not None and machines * processes == 1):
-        kind = "none"
-    if zero is not None:
-        if machines > 1 and not address:
+    _require_known("distributed_type", name, _KINDS, where)
+    if str((settings.get("fsdp_config") or {}).get("fsdp_sharding_strategy")).upper() in ("NO_SHARD", "3"):
+        raise ConfigError(
+            "its fsdp_sharding_strategy, NO_SHARD, shares nothing out",
+            where=where,
+            remedy="Set distributed_type: MULTI_GPU there, and remove fsdp_config.",
+        )
+    for key, size in (settings.get("parallelism_config") or {}).items():
+        if key.endswith("_size") and "_dp_" not in key and int(size or 1) > 1:
             raise ConfigError(
-                "it does not say where machine 0 is", where=where, remedy="Give main_process_ip, and main_process_port."
+                f"its {key} is {size}, and no stage splits a layer or a text",
+                where=where,
+                remedy="Remove parallelism_config there: FSDP shares the base out.",
             )
-        offload = zero.offload
-    return Launcher(
-        kind,
-        processes,
-        machines,
-        where,
-        offload=offload and kind == "fsdp",
-        reshard=reshard or kind != "fsdp",
-        mixed_precision=precision,
-        machine_rank=rank,
-        main_address=None if address is None else str(address),
-        main_port=None if port is None else int(port),
-        zero=None if zero is None else zero.stage,
-    )
+    return name
+
+
+def _require_known(key: str, value: str, known: Sequence[str], where: str) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"{key} is '{value}', which no stage can do", where=where, remedy=f"Give one of: {', '.join(known)}."
+        )
+
+
+def _count(key: str, value: Any, where: str, *, least: int = 1, most: int | None = None) -> int:
+    if not str(value).isdecimal() or int(value) < least or (most is not None and int(value) > most):
+        limits = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{key} is {value!r}", where=where, remedy=f"Give a whole number {limits}.")
+    return int(value)
 
 
 @dataclass(frozen=True)
 class _Zero:
-    """What a file says of DeepSpeed's ZeRO: its stage, and whether shares of the weights lie in main memory."""
+    """What a file says of DeepSpeed's ZeRO.
+
+    Its stage, the arithmetic that its JSON names (None: none), where the weights and the optimizer's states are to lie
+    (None: on the GPU), and a file that lists the machines to start.
+    """
 
     stage: int
-    offload: bool
+    mixed_precision: str | None
+    weights_on: str | None
+    states_on: str | None
+    hosts: str | None
+
+    @property
+    def offload(self) -> bool:
+        return self.weights_on is not None
+
+    def not_done(self, kind: Kind) -> tuple[str, ...]:
+        """What the file asks for beside the sharing, and is left out."""
+        found = []
+        if self.offload and kind != "fsdp":
+            found.append("weights in main memory")
+        if self.states_on is not None:
+            found.append(f"optimizer states {'in main memory' if self.states_on == 'cpu' else f'on {self.states_on}'}")
+        if self.hosts is not None:
+            found.append(f"starting the machines of {self.hosts}")
+        return tuple(found)
 
 
-def _read_zero(settings: Mapping[str, Any], path: Path, where: str) -> _Zero:
+def _read_zero(settings: Mapping[str, Any], machines: int, path: Path, where: str) -> _Zero:
     """DeepSpeed's part of a file, or of the JSON that it names. Hyperparameters in there count for nothing."""
     given = settings.get("deepspeed_config") or {}
     launcher = str(given.get("deepspeed_multinode_launcher") or "standard")
-    if launcher != "standard" and int(settings.get("num_machines") or 1) > 1:
+    if launcher != "standard" and machines > 1:
         raise ConfigError(
             f"it has {launcher} start the processes of all machines",
             where=where,
             remedy="Set deepspeed_multinode_launcher: standard there, and start the same command on each machine.",
         )
+    precision = None
     if named := given.get("deepspeed_config_file"):
         places = [Path(named), path.parent / named]  # Accelerate looks in the working directory
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise ConfigError(f"there is no '{named}', which it names", where=where, remedy="Correct the path there.")
-        optimization = json.loads(found.read_text(encoding="utf-8")).get("zero_optimization") or {}
-        stage, place = optimization.get("stage", 0), (optimization.get("offload_param") or {}).get("device")
-    else:
-        stage, place = given.get("zero_stage", 2), given.get("offload_param_device")
-    if place not in (None, "none", "cpu"):
-        raise ConfigError(
-            f"it wants the weights on '{place}'", where=where, remedy="A share lies on its GPU or, with cpu, in memory."
+        own = json.loads(found.read_text(encoding="utf-8"))
+        optimization = own.get("zero_optimization") or {}
+        stage = optimization.get("stage", 0)
+        weights, states = (
+            (optimization.get(f"offload_{part}") or {}).get("device") or "none" for part in ("param", "optimizer")
         )
-    return _Zero(int(stage), place == "cpu")
+        precision = next((word for word in _PRECISIONS if (own.get(word) or {}).get("enabled") is True), None)
+    else:
+        stage = given.get("zero_stage", 2)
+        weights, states = (given.get(f"offload_{part}_device") or "none" for part in ("param", "optimizer"))
+    if weights not in ("none", "cpu"):
+        raise ConfigError(
+            f"it wants the weights on '{weights}'",
+            where=where,
+            remedy="A share lies on its GPU or, with cpu, in memory.",
+        )
+    return _Zero(
+        _count("DeepSpeed's stage", stage, where, least=0, most=3),
+        precision,
+        weights_on=None if weights == "none" else weights,
+        states_on=None if states == "none" else states,
+        hosts=given.get("deepspeed_hostfile"),
+    )
 
 
 def _word(precision: Any) -> str:
@@ -239,7 +326,8 @@ def _of_zero(launcher: Launcher) -> str:
         "ddp": "it runs as DDP, and what ZeRO would share out, the adapters' gradients and moments, each GPU has whole",
         "fsdp": "it runs as FSDP2, with a share of the base on each GPU",
     }[launcher.kind]
-    return f"{launcher.where} asks for DeepSpeed's ZeRO-{launcher.zero}: {how}."
+    left_out = f"; not done: {', '.join(launcher.not_done)}" if launcher.not_done else ""
+    return f"{launcher.where} asks for DeepSpeed's ZeRO-{launcher.zero}: {how}{left_out}."
 
 
 def _choice(config: PipelineConfig) -> tuple[Sharding, str]:
@@ -271,17 +359,25 @@ def require_launchable(config: PipelineConfig) -> Launcher:
 
     Raises:
         ConfigError: more processes than GPUs, batches that the file's processes cannot share, weights that FSDP cannot
-            share out, or a way of sharing the model that no stage knows.
+            share out, an engine that needs them whole, or a way of sharing the model that no stage knows.
     """
     if config.launch.accelerate_config is not None:
         launcher = read_launcher_file(config.launch.accelerate_config)
     else:
         launch, _ = resolve(config)
         kind: Kind = "none" if launch.world_size == 1 else "fsdp" if launch.strategy == "fsdp" else "ddp"
-        precision = launch.mixed_precision
-        launcher = Launcher(kind, launch.processes, launch.machines, "launch", mixed_precision=precision)
+        launcher = Launcher(
+            kind,
+            launch.processes,
+            launch.machines,
+            "launch",
+            mixed_precision=launch.mixed_precision,
+            machine_rank=launch.machine_rank,
+        )
     _require_gpus(launcher)
     _require_agreement(config, launcher)
+    if launcher.kind == "fsdp":
+        _require_whole_for_paging(config, launcher)
     return launcher
 
 
@@ -306,4 +402,23 @@ def _require_agreement(config: PipelineConfig, launcher: Launcher) -> None:
             f"with {launcher.world_size} processes under {launcher.kind.upper()}: {faults[0]}",
             where=launcher.where,
             remedy="Change the setting as said, or how the launcher starts the processes.",
+        )
+
+
+def _require_whole_for_paging(config: PipelineConfig, launcher: Launcher) -> None:
+    """What `ppo.rollout.weights=auto` comes to depends on the GPUs that are here; unknown ones are let through."""
+    rollout, cards = config.ppo.rollout, cards_here()
+    if (rollout.engine, rollout.weights) != ("paged", "auto") or not cards:
+        return
+    card = min(cards, key=lambda one: one.memory_bytes)
+    try:
+        copied = samples_from_copy(config, shape_of(config.base), device_of(config, card, "fsdp"))
+    except TrivetError:
+        return
+    if not copied:
+        raise ConfigError(
+            "ppo.rollout.engine is 'paged', which needs the base whole, FSDP shares it out, and a merged copy would"
+            f" take more than a quarter of {card.name}",
+            where=launcher.where,
+            remedy="Set ppo.rollout.engine=auto, or ppo.rollout.weights=merged.",
         )

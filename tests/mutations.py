@@ -1824,6 +1824,13 @@ TABLE = (
         ("tests/stages/test_launch.py::test_one_that_no_longer_answers_was_not_killed_for_want_of_memory",),
     ),
     Mutation(
+        "the log of a machine has the section's rank, whatever its file says",
+        "stages/launch.py",
+        "run.log(stage, launcher.machine_rank)",
+        "run.log(stage, launch.machine_rank)",
+        ("tests/stages/test_launcher_file.py::test_the_log_of_a_machine_has_the_rank_that_its_file_gives",),
+    ),
+    Mutation(
         "processes wait for each other as long as torch likes",
         "stages/command.py",
         "        meet(loaded.config.launch.timeout)\n",
@@ -1840,8 +1847,8 @@ TABLE = (
     Mutation(
         "a stage alone is started whatever its launcher asks for",
         "stages/launch.py",
-        "    require_launchable(loaded.config)\n",
-        "",
+        "    launcher = require_launchable(loaded.config)\n",
+        "    launcher = loaded.config.launch\n",
         ("tests/stages/test_launcher_file.py::test_a_stage_alone_is_refused_before_its_processes_start",),
     ),
     Mutation(
@@ -1850,6 +1857,23 @@ TABLE = (
         "    if name in _NO_STAGE_CAN:\n",
         "    if False:\n",
         ("tests/stages/test_launcher_file.py::test_what_no_stage_can_do_is_refused",),
+    ),
+    Mutation(
+        "a fault of a launcher file makes it no launcher file",
+        "stages/launcher_file.py",
+        "    except ConfigError:\n        raise\n",
+        "",
+        ("tests/stages/test_launcher_file.py::test_what_a_file_cannot_mean_is_named",),
+    ),
+    Mutation(
+        "paging over a base that is shared out is refused only once it is loaded",
+        "stages/launcher_file.py",
+        '    if launcher.kind == "fsdp":\n',
+        "    if False:\n",
+        (
+            "tests/stages/test_launcher_file.py::"
+            "test_paging_over_a_copy_that_is_not_made_is_refused_before_the_base_is_loaded",
+        ),
     ),
     Mutation(
         "DeepSpeed's ZeRO-3 keeps the whole base on each GPU",

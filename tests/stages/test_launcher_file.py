@@ -17,7 +17,7 @@ from pipeline import cards
 from pipeline.cards import Card
 from pipeline.config import LaunchSettings, PipelineConfig
 from pipeline.distributed import World
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageFailedError
 from pipeline.run_directory import STAGES, StageName
 from pipeline.sharding import sharers
 from stages import launcher_file as module
@@ -140,7 +140,9 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"launch: 4 processes .* 2 GPU\(s\)") as caught:
         require_launchable(config("Qwen/Qwen2.5-14B", processes=4))
     assert "Set launch.processes=2" in str(caught.value)
-    (tmp_path / "a.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 8\nnum_machines: 2\n")
+    (tmp_path / "a.yaml").write_text(
+        "distributed_type: MULTI_GPU\nnum_processes: 8\nnum_machines: 2\nmain_process_ip: n\n"
+    )
     with pytest.raises(ConfigError, match=r"a\.yaml: 4 processes"):
         require_launchable(config(accelerate_config=str(tmp_path / "a.yaml")))
 
@@ -207,10 +209,40 @@ def test_deepspeeds_own_json_is_read(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text("{}")
     assert resolve(deepspeed(tmp_path, deepspeed_config_file=str(tmp_path / "ds.json")))[0].strategy == "ddp"
     (tmp_path / "ds.json").write_text("{")
-    with pytest.raises(ConfigError, match="it is no Accelerate config"):
+    with pytest.raises(ConfigError, match=r"^launch.accelerate_config=\S+own.yaml: it is no Accelerate config"):
         resolve(deepspeed(tmp_path, deepspeed_config_file="ds.json"))
-    with pytest.raises(ConfigError, match=r"there is no 'nope\.json', which it names"):
+    with pytest.raises(ConfigError, match=r"own.yaml: there is no 'nope\.json', which it names"):
         resolve(deepspeed(tmp_path, deepspeed_config_file="nope.json"))
+
+
+def test_the_arithmetic_of_deepspeeds_json_must_be_the_bases(tmp_path: Path) -> None:
+    for switches, found in (
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"fp16": {"enabled": True, "loss_scale": 0}, "bf16": {"enabled": False}}, "fp16"),
+        ({"bf16": {"enabled": "auto"}}, "no"),
+    ):
+        (tmp_path / "ds.json").write_text(json.dumps(switches))
+        by_file = deepspeed(tmp_path, deepspeed_config_file="ds.json")
+        assert require_launchable(by_file).mixed_precision == found
+    (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}}))
+    tree = by_file.model_dump(exclude_unset=True)
+    tree["base"]["dtype"] = "float32"
+    with pytest.raises(ConfigError, match=r"own.yaml: .*'bf16', .* 'float32'; set base.dtype=bfloat16"):
+        require_launchable(PipelineConfig.model_validate(tree))
+
+
+def test_what_a_deepspeed_file_asks_for_in_vain_is_said(tmp_path: Path) -> None:
+    def left_out(**given: Any) -> str:
+        return str(resolve(deepspeed(tmp_path, **given))[1]).partition("; not done: ")[2]
+
+    both = {"offload_param_device": "cpu", "offload_optimizer_device": "cpu"}
+    assert left_out(zero_stage=2, **both) == "weights in main memory, optimizer states in main memory."
+    assert left_out(zero_stage=3, **both) == "optimizer states in main memory."
+    own = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "none"}}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": own}))
+    assert left_out(deepspeed_config_file="ds.json") == "optimizer states on nvme."
+    assert left_out(zero_stage=3, deepspeed_hostfile="hosts") == "starting the machines of hosts."
+    assert left_out(zero_stage=3, offload_optimizer_device="none") == ""
 
 
 def test_several_machines_of_a_deepspeed_file_start_one_by_one(tmp_path: Path) -> None:
@@ -218,11 +250,11 @@ def test_several_machines_of_a_deepspeed_file_start_one_by_one(tmp_path: Path) -
     launch, _ = resolve(deepspeed(tmp_path, processes=16, machines=2, zero_stage=3, **where))
     assert (launch.processes, launch.machines, launch.machine_rank) == (8, 2, 1)
     assert (launch.main_address, launch.main_port) == ("node0", 29501)
-    with pytest.raises(ConfigError, match="it does not say where machine 0 is"):
+    with pytest.raises(ConfigError, match=r"own.yaml: it does not say where machine 0 is"):
         resolve(deepspeed(tmp_path, processes=16, machines=2, zero_stage=3))
-    with pytest.raises(ConfigError, match="it has pdsh start the processes of all machines"):
+    with pytest.raises(ConfigError, match=r"own.yaml: it has pdsh start the processes of all machines"):
         resolve(deepspeed(tmp_path, processes=16, machines=2, deepspeed_multinode_launcher="pdsh", **where))
-    with pytest.raises(ConfigError, match="it wants the weights on 'nvme'"):
+    with pytest.raises(ConfigError, match=r"own.yaml: it wants the weights on 'nvme'"):
         resolve(deepspeed(tmp_path, zero_stage=3, offload_param_device="nvme"))
 
 
@@ -274,6 +306,24 @@ def test_an_engine_that_needs_the_whole_base_is_refused_whoever_asks_for_fsdp(tm
             require_launchable(found)
 
 
+def test_paging_over_a_copy_that_is_not_made_is_refused_before_the_base_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`ppo.rollout.weights=auto` merges where the copy takes a quarter of the card at the most."""
+    tree = config("meta-llama/Llama-3.1-8B", processes=2, strategy="fsdp").model_dump(exclude_unset=True)
+    tree["ppo"] = {"rollout": {"engine": "paged"}}
+    paged = PipelineConfig.model_validate(tree)
+    with_gpus(monkeypatch, 80, 80)
+    assert require_launchable(paged).kind == "fsdp"
+    with_gpus(monkeypatch, 80, 40)
+    with pytest.raises(ConfigError, match=r"launch: ppo.rollout.engine is 'paged', .* a quarter of card 40"):
+        require_launchable(paged)
+    tree["launch"]["strategy"] = "ddp"
+    assert require_launchable(PipelineConfig.model_validate(tree)).kind == "ddp"
+    tree["launch"]["strategy"], tree["ppo"]["rollout"]["weights"] = "fsdp", "merged"
+    assert require_launchable(PipelineConfig.model_validate(tree)).kind == "fsdp"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_alone_is_refused_before_its_processes_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: StageName
@@ -302,11 +352,69 @@ def test_a_batch_that_the_files_processes_cannot_share_is_refused(tmp_path: Path
         require_launchable(loaded.config)
 
 
-@pytest.mark.parametrize("text", ["- 1", "num_processes: many", "num_processes: [", "a"])
+@pytest.mark.parametrize("text", ["- 1", "num_processes: [", "a", "parallelism_config: {tp_size: many}"])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(ConfigError, match="it is no Accelerate config"):
+    with pytest.raises(ConfigError, match=r"^launch.accelerate_config=\S+mine.yaml: it is no Accelerate config"):
         read_launcher_file(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("lines", "fault"),
+    [
+        ({"distributed_type": "MULTI_GPUS"}, "distributed_type is 'MULTI_GPUS', which no stage can do"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8', which no stage can do"),
+        ({"num_processes": 0}, "num_processes is 0"),
+        ({"num_processes": None}, "num_processes is None"),
+        ({"num_processes": "many"}, "num_processes is 'many'"),
+        ({"num_machines": -1}, "num_machines is -1"),
+        ({"num_machines": 3, "main_process_ip": "n"}, "num_processes is 8, with num_machines 3"),
+        ({"distributed_type": "NO"}, "num_processes is 8, with num_machines 1 and distributed_type NO"),
+        ({"distributed_type": False}, "num_processes is 8, with num_machines 1 and distributed_type NO"),
+        ({"num_machines": 2}, "it does not say where machine 0 is"),
+        ({"main_process_port": "open"}, "main_process_port is 'open'"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 4}}, "DeepSpeed's stage is 4"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": "auto"}}, "DeepSpeed's stage is 'auto'"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "NO_SHARD"}}, "NO_SHARD, shares"),
+        ({"parallelism_config": {"parallelism_config_tp_size": 2}}, "its parallelism_config_tp_size is 2"),
+    ],
+)
+def test_what_a_file_cannot_mean_is_named(tmp_path: Path, lines: dict[str, Any], fault: str) -> None:
+    own = {"distributed_type": "MULTI_GPU", "num_processes": 8} | lines
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(ConfigError, match=rf"^launch.accelerate_config=\S+mine.yaml: .*{fault}") as caught:
+        read_launcher_file(tmp_path / "mine.yaml")
+    assert caught.value.remedy
+
+
+def test_what_a_file_may_mean_is_read(tmp_path: Path) -> None:
+    sizes = {"parallelism_config_dp_shard_size": 2, "parallelism_config_tp_size": 1}
+    for lines, found in (
+        ({"distributed_type": "MULTI_XPU", "num_processes": 4}, ("ddp", 4)),
+        ({"distributed_type": False}, ("none", 1)),
+        ({"distributed_type": "FSDP", "num_processes": 2, "parallelism_config": sizes}, ("fsdp", 2)),
+    ):
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(lines))
+        launcher = read_launcher_file(tmp_path / "mine.yaml")
+        assert (launcher.kind, launcher.processes) == found
+
+
+def test_the_log_of_a_machine_has_the_rank_that_its_file_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "num_processes: 2\nnum_machines: 2\nmachine_rank: 1\nmain_process_ip: n\n"
+    (tmp_path / "mine.yaml").write_text(f"distributed_type: MULTI_GPU\n{lines}")
+    logs: list[Path] = []
+
+    def launch(stage: str, path: Path, overrides: object, settings: LaunchSettings, log: Path, **_: object) -> None:
+        logs.append(log)
+        raise StageFailedError("not today")
+
+    monkeypatch.setattr("stages.launch.launch_stage", launch)
+    loaded = tiny_config(
+        tmp_path, "launch.accelerate_config=mine.yaml", "sft.microbatch_size=1", "reward.microbatch_size=1"
+    )
+    with pytest.raises(StageFailedError):
+        ensure_stage("sft", loaded, force=False, on_line=print, on_progress=print)
+    assert [log.name for log in logs] == ["sft.machine1.log"]
 
 
 def test_the_cards_that_are_asked_for_are_the_ones_of_this_machine() -> None:
