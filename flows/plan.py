@@ -54,10 +54,11 @@ def examine_memory(config: PipelineConfig, card: str | None, memory: str | None)
     Raises:
         ConfigError, BaseModelError: the card or the base is not known.
     """
+    launcher_file = config.launch.accelerate_config is not None
     config = with_launcher_file(config)
     chosen = card_for(config, card, memory)
     shape = shape_of(config.base)
-    return shape, chosen, judge(config, shape, chosen)
+    return shape, chosen, judge(config, shape, chosen, launcher_file=launcher_file)
 
 
 def as_json(shape: ModelShape, card: Card, verdict: Verdict) -> dict[str, Any]:

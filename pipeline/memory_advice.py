@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pipeline.cards import Card
+from pipeline.cards import GIB, Card
 from pipeline.config import PipelineConfig
-from pipeline.memory_plan import Device, Sharding, StagePlan, compute_bytes, fits, plan_stages
+from pipeline.memory_plan import Device, Sharding, StagePlan, compute_bytes, device_bytes, fits, plan_stages
 from pipeline.model_shape import ModelShape
 from pipeline.run_directory import StageName
 
@@ -77,26 +77,38 @@ def choose_strategy(config: PipelineConfig, shape: ModelShape, card: Card) -> tu
         return "ddp", f"with the whole base on each GPU every stage fits {card.name}"
     if config.base.quantization == "int8":
         return "ddp", f"{tight} does not fit {card.name} with the whole base on it, but FSDP shards no int8 weights"
-    return "fsdp", f"{tight} does not fit {card.name} with the whole base on it"
+    reason = f"{tight} does not fit {card.name} with the whole base on it"
+    shared = plan_stages(config, shape, device_of(config, card, "fsdp"))
+    largest = max(shared.values(), key=device_bytes)
+    if not fits(largest, card):
+        needed = f"{largest.stage} takes {device_bytes(largest) / GIB:.1f} GiB while '{largest.peak_moment.name}'"
+        reason = f"{reason}, and neither does a share: {needed}"
+    return "fsdp", reason
 
 
-def judge(config: PipelineConfig, shape: ModelShape, card: Card) -> Verdict:
-    """Plan every stage on a card; where one does not fit, find the cheapest changes that make all of them fit."""
+def judge(config: PipelineConfig, shape: ModelShape, card: Card, *, launcher_file: bool = False) -> Verdict:
+    """Plan every stage on a card; where one does not fit, find the cheapest changes that make all of them fit.
+
+    Args:
+        launcher_file: a file of the user's own has made the launch section, so that none of it can be changed here.
+    """
     strategy, reason = choose_strategy(config, shape, card)
     plans = plan_stages(config, shape, device_of(config, card, strategy))
     if all(fits(plan, card) for plan in plans.values()):
         return Verdict(strategy, reason, plans)
-    return Verdict(strategy, reason, plans, cheapest_changes(config, shape, card))
+    return Verdict(strategy, reason, plans, cheapest_changes(config, shape, card, launcher_file=launcher_file))
 
 
-def cheapest_changes(config: PipelineConfig, shape: ModelShape, card: Card) -> tuple[Change, ...] | None:
+def cheapest_changes(
+    config: PipelineConfig, shape: ModelShape, card: Card, *, launcher_file: bool = False
+) -> tuple[Change, ...] | None:
     """As few of the proposals as are needed, none of which is dearer than the dearest that cannot be done without.
 
     Returns:
         None where even all of them do not suffice.
     """
     taken: list[Change] = []
-    for change in _proposals(config, card):
+    for change in _proposals(config, card, launcher_file=launcher_file):
         if changed(config, [*taken, change]) is None:
             continue  # it contradicts another setting
         taken.append(change)
@@ -104,14 +116,15 @@ def cheapest_changes(config: PipelineConfig, shape: ModelShape, card: Card) -> t
             break
     else:
         return None
-    for change in list(taken[:-1]):
+    # The dearest go first, and of one key the strongest, so that its mildest sufficient value is left.
+    for change in reversed(taken[:-1]):
         fewer = [other for other in taken if other is not change]
         if _suffices(config, fewer, shape, card):
             taken = fewer
     return tuple(taken)
 
 
-def _proposals(config: PipelineConfig, card: Card) -> Iterator[Change]:
+def _proposals(config: PipelineConfig, card: Card, *, launcher_file: bool) -> Iterator[Change]:
     """What could be changed, cheapest first: first what costs only time, last what costs money."""
     ppo, launch = config.ppo, config.launch
     if ppo.rollout.weights != "adapter":
@@ -125,10 +138,10 @@ def _proposals(config: PipelineConfig, card: Card) -> Iterator[Change]:
                 yield Change({key: size // part}, "sampling takes longer")
     stages: tuple[Literal["sft", "reward"], ...] = ("sft", "reward")
     for stage in stages:
-        rows = getattr(config, stage).microbatch_size
-        while rows % 2 == 0:
-            rows //= 2
-            yield Change({f"{stage}.microbatch_size": rows}, "the same steps in more forward passes")
+        section = getattr(config, stage)
+        for rows in range(section.microbatch_size - 1, 0, -1):
+            if section.batch_size // launch.world_size % rows == 0:
+                yield Change({f"{stage}.microbatch_size": rows}, "the same steps in more forward passes")
     tokens, longest = ppo.microbatch_tokens, ppo.max_prompt_tokens + ppo.max_new_tokens
     while tokens > longest:
         tokens = max(longest, tokens // 2)
@@ -142,12 +155,17 @@ def _proposals(config: PipelineConfig, card: Card) -> Iterator[Change]:
         yield Change({"base.double_quantization": True}, "another base: all stages run anew")
     if config.base.quantization != "nf4":
         yield Change({"base.quantization": "nf4"}, "a base of four bits: all stages run anew")
-    if not card.is_gpu or launch.accelerate_config is not None or config.base.quantization == "int8":
+    if not card.is_gpu or launcher_file or config.base.quantization == "int8":
         return
-    if launch.world_size > 1 and launch.strategy == "ddp":
-        yield Change({"launch.strategy": "fsdp"}, "more traffic between the GPUs")
-    if launch.strategy == "fsdp" and not launch.cpu_offload:
-        yield Change({"launch.cpu_offload": True}, "every layer comes from main memory: several times slower")
+    if launch.world_size > 1:
+        sharded = {} if launch.strategy == "fsdp" else {"launch.strategy": "fsdp"}
+        if launch.strategy == "ddp":
+            yield Change(sharded, "more traffic between the GPUs")
+        if not launch.reshard_after_forward:
+            yield Change({"launch.reshard_after_forward": True}, "layers are gathered again in the backward pass")
+        if not launch.cpu_offload:
+            cost = "every layer comes from main memory: several times slower"
+            yield Change(sharded | {"launch.cpu_offload": True}, cost)
     processes = launch.processes
     while processes * launch.machines * 2 <= MOST_GPUS:
         processes *= 2

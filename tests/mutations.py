@@ -1803,6 +1803,20 @@ TABLE = (
         ),
     ),
     Mutation(
+        "a setting is lowered as far as the search had come",
+        "pipeline/memory_advice.py",
+        "in reversed(taken[:-1]):",
+        "in list(taken[:-1]):",
+        ("tests/pipeline/test_memory_advice.py::test_a_setting_is_lowered_no_further_than_it_must",),
+    ),
+    Mutation(
+        "a launcher file is told what the section could say",
+        "flows/plan.py",
+        "launcher_file=launcher_file)",
+        "launcher_file=False)",
+        ("tests/flows/test_plan.py::test_what_an_own_launcher_file_decides_is_not_proposed",),
+    ),
+    Mutation(
         "more processes than GPUs are started",
         "stages/launcher_file.py",
         "if gpus and launcher.processes > gpus:",

@@ -98,6 +98,15 @@ def test_an_own_launcher_file_decides() -> None:
     assert offloaded["stages"]["sft"]["host_bytes"] > 0
 
 
+def test_what_an_own_launcher_file_decides_is_not_proposed() -> None:
+    even = [f"{stage}.batch_size=16" for stage in ("sft", "reward")] + ["launch.card=44GB"]
+    config, file = ROOT / "configs/one_gpu_70b.yaml", ROOT / "configs/accelerate/ddp.yaml"
+    section = trivet("plan", config, *even, "launch.processes=8", "launch.strategy=ddp").stdout
+    assert section.splitlines()[-1].startswith("  launch.strategy=fsdp")
+    own = trivet("plan", config, *even, f"launch.accelerate_config={file}").stdout
+    assert own.splitlines()[-1].startswith("No change that trivet knows")
+
+
 def test_the_answer_comes_within_seconds_and_without_torch() -> None:
     program = (
         "import sys; from flows.cli import app\n"

@@ -120,10 +120,10 @@ def config(base: str = "meta-llama/Llama-3.1-70B", **launch: Any) -> PipelineCon
 
 
 def test_auto_is_decided_by_the_smallest_card_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_gpus(monkeypatch, 141, 24)
-    launch, reason = resolve(config(processes=2))
+    with_gpus(monkeypatch, 141, 45)
+    launch, reason = resolve(config(processes=8))
     assert launch.strategy == "fsdp"
-    assert reason == "launch.strategy=auto is fsdp: sft does not fit card 24 with the whole base on it."
+    assert reason == "launch.strategy=auto is fsdp: sft does not fit card 45 with the whole base on it."
     with_gpus(monkeypatch, 141, 141)
     assert resolve(config(processes=2))[0].strategy == "ddp"
     assert resolve(config(processes=2, card="RTX 4090"))[0].strategy == "fsdp"
