@@ -74,6 +74,7 @@ def as_json(shape: ModelShape, card: Card, verdict: Verdict) -> dict[str, Any]:
             stage: {
                 "parts": plan.parts,
                 "at": plan.peak_moment.name,
+                "moments": {moment.name: plan.at(moment) for moment in (plan.loading_moment, plan.working_moment)},
                 "tensor_bytes": plan.tensor_bytes,
                 "device_bytes": device_bytes(plan, is_gpu=card.is_gpu),
                 "host_bytes": plan.host_bytes,
@@ -86,16 +87,22 @@ def as_json(shape: ModelShape, card: Card, verdict: Verdict) -> dict[str, Any]:
 
 
 def plan_lines(shape: ModelShape, card: Card, verdict: Verdict) -> Iterator[str]:
-    """The plan for people: a table of parts by stage, the verdict, and the way out."""
+    """The plan for people: a table of parts by stage, the verdict, and the way out.
+
+    The parts are those of the largest moment after loading: while it loads, a stage has nothing but its base.
+    """
     place = "GPU" if card.is_gpu else "process"
     yield f"{shape.name}: {shape.parameters / 1e9:.2f}e9 parameters; {verdict.strategy}, because {verdict.reason}."
     yield ""
     plans = verdict.plans
-    names = list(dict.fromkeys(name for plan in plans.values() for name in plan.parts))
+    working = [plan.at(plan.working_moment) for plan in plans.values()]
+    names = list(dict.fromkeys(name for parts in working for name in parts))
     width = max(len(name) for name in [*names, "allocator's reserve, CUDA"])
     yield f"{f'GiB a {place}':<{width}}" + "".join(f"{stage:>10}" for stage in plans)
     for name in names:
-        yield _row(name, width, [plan.parts.get(name, 0) for plan in plans.values()])
+        yield _row(name, width, [parts.get(name, 0) for parts in working])
+    yield _row("at work, together", width, [sum(parts.values()) for parts in working])
+    yield _row("while loading", width, [plan.size_at(plan.loading_moment) for plan in plans.values()])
     yield _row("peak of the tensors", width, [plan.tensor_bytes for plan in plans.values()])
     reserve = [device_bytes(plan, is_gpu=card.is_gpu) - plan.tensor_bytes for plan in plans.values()]
     yield _row("allocator's reserve, CUDA" if card.is_gpu else "allocator, libraries", width, reserve)
@@ -104,7 +111,10 @@ def plan_lines(shape: ModelShape, card: Card, verdict: Verdict) -> Iterator[str]
         yield _row("main memory (offloaded)", width, [plan.host_bytes for plan in plans.values()])
     yield ""
     for stage, plan in plans.items():
-        yield f"{stage}: at most while '{plan.peak_moment.name}'; {_verdict(plan, card)}"
+        at_work = plan.working_moment.name
+        moments = f"at most while '{plan.peak_moment.name}'"
+        moments += "" if plan.peak_moment.name == at_work else f", at work while '{at_work}'"
+        yield f"{stage}: {moments}; {_verdict(plan, card)}"
     if verdict.changes is None:
         yield ""
         yield "No change that trivet knows makes this fit: choose a smaller base, shorter texts, or a larger card."

@@ -234,17 +234,31 @@ class StagePlan:
         parts = {name: size for name, size in self.static.items() if not moment.only_base or name in _BASE_PARTS}
         for name, size in moment.parts.items():
             parts[name] = parts.get(name, 0) + size
-        return parts
+        return {name: size for name, size in parts.items() if size}
+
+    def size_at(self, moment: Moment) -> int:
+        """The same in all."""
+        return sum(self.at(moment).values())
 
     @property
     def peak_moment(self) -> Moment:
         """The one that decides."""
-        return max(self.moments, key=lambda moment: sum(self.at(moment).values()))
+        return max(self.moments, key=self.size_at)
+
+    @property
+    def loading_moment(self) -> Moment:
+        """When there is nothing yet but the base."""
+        return next(moment for moment in self.moments if moment.only_base)
+
+    @property
+    def working_moment(self) -> Moment:
+        """The largest one after that."""
+        return max((moment for moment in self.moments if not moment.only_base), key=self.size_at)
 
     @property
     def parts(self) -> dict[str, int]:
         """Everything that is alive at the peak, by part."""
-        return {name: size for name, size in self.at(self.peak_moment).items() if size}
+        return self.at(self.peak_moment)
 
     @property
     def tensor_bytes(self) -> int:

@@ -1810,6 +1810,13 @@ TABLE = (
         ("tests/pipeline/test_memory_advice.py::test_a_setting_is_lowered_no_further_than_it_must",),
     ),
     Mutation(
+        "the plan's table shows only what is there while the base loads",
+        "flows/plan.py",
+        "working = [plan.at(plan.working_moment)",
+        "working = [plan.at(plan.peak_moment)",
+        ("tests/flows/test_plan.py::test_what_takes_memory_at_work_is_seen_where_loading_decides",),
+    ),
+    Mutation(
         "a launcher file is told what the section could say",
         "flows/plan.py",
         "launcher_file=launcher_file)",

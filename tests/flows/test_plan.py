@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -48,6 +49,25 @@ def test_what_does_not_fit_comes_with_the_way_out() -> None:
     assert settings
     again = trivet("plan", ROOT / "configs/one_gpu_8b.yaml", *settings, "--memory", "10GB", "--json")
     assert json.loads(again.stdout)["fits"]
+
+
+def test_what_takes_memory_at_work_is_seen_where_loading_decides() -> None:
+    config = ROOT / "configs/fsdp_8_gpus.yaml"
+    stages = json.loads(trivet("plan", config, "--json").stdout)["stages"]
+    assert {stage["at"] for stage in stages.values()} == {"loading"}
+    table = trivet("plan", config).stdout
+    rows = dict(re.findall(r"^(\S.*?)\s{2,}([\d. ]+)$", table, flags=re.MULTILINE))
+    for part in ("adapters", "gradients", "optimizer", "activations", "FSDP buffers"):
+        assert rows[part].split()[0] == f"{stages['sft']['moments']['forward and backward'][part] / 2**30:.2f}"
+    sft = stages["sft"]
+    at_work, loading, peak = (
+        float(rows[row].split()[0]) for row in ("at work, together", "while loading", "peak of the tensors")
+    )
+    assert at_work < loading == peak
+    for size, moment in ((at_work, "forward and backward"), (loading, "loading")):
+        assert size == pytest.approx(sum(sft["moments"][moment].values()) / 2**30, abs=0.005)
+    assert sft["parts"] == sft["moments"]["loading"]
+    assert "sft: at most while 'loading', at work while 'forward and backward'; fits RTX A6000" in table
 
 
 def test_stages_side_by_side_have_to_fit_together() -> None:
