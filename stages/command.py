@@ -33,6 +33,7 @@ from stages import interruption
 from stages.inputs import find_current, parents_of, require_lengths_that_fit
 from stages.interruption import EXIT_INTERRUPTED, Interrupted
 from stages.launch import ERROR_FILE_VARIABLE, QUIET_ENVIRONMENT
+from stages.launcher_file import ask_as_accelerate
 
 Run = Callable[[LoadedConfig, RunDirectory], Manifest]
 
@@ -125,7 +126,7 @@ def _heed_launcher(loaded: LoadedConfig) -> None:
 
     Raises:
         LostProcessError: not all processes have come.
-        ConfigError: the base computes in another arithmetic.
+        ConfigError: the base computes in another arithmetic, or these processes cannot work as the section says.
     """
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         from pipeline.base_model import require_agreed_dtype
@@ -135,6 +136,7 @@ def _heed_launcher(loaded: LoadedConfig) -> None:
     if _is_one_of_several():
         from pipeline.distributed import meet
 
+        ask_as_accelerate(loaded.config)
         meet(loaded.config.launch.timeout)
 
 

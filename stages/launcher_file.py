@@ -371,6 +371,8 @@ def require_launchable(config: PipelineConfig) -> Launcher:
             launch.processes,
             launch.machines,
             "launch",
+            offload=launch.cpu_offload and kind == "fsdp",
+            reshard=launch.reshard_after_forward or kind != "fsdp",
             mixed_precision=launch.mixed_precision,
             machine_rank=launch.machine_rank,
         )
@@ -379,6 +381,23 @@ def require_launchable(config: PipelineConfig) -> Launcher:
     if launcher.kind == "fsdp":
         _require_whole_for_paging(config, launcher)
     return launcher
+
+
+def ask_as_accelerate(config: PipelineConfig) -> None:
+    """Where torchrun has started this process: ask for what the launch section says as Accelerate's launcher would.
+
+    Call it before the base is loaded.
+
+    Raises:
+        ConfigError: as for `require_launchable`.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # Accelerate's launcher, which never leaves it out
+        return
+    launcher = require_launchable(config)
+    if launcher.kind == "fsdp":
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        os.environ["FSDP_OFFLOAD_PARAMS"] = str(launcher.offload).lower()
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(launcher.reshard).lower()
 
 
 def _require_gpus(launcher: Launcher) -> None:

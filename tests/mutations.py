@@ -1845,6 +1845,13 @@ TABLE = (
         ("tests/stages/test_launch.py::test_one_that_no_longer_answers_was_not_killed_for_want_of_memory",),
     ),
     Mutation(
+        "torchrun is told nothing of FSDP",
+        "stages/command.py",
+        "        ask_as_accelerate(loaded.config)\n",
+        "",
+        (f"{TWO_MACHINES}::test_the_torchrun_commands_of_the_docs_run_a_stage_on_both",),
+    ),
+    Mutation(
         "the log of a machine has the section's rank, whatever its file says",
         "stages/launch.py",
         "run.log(stage, launcher.machine_rank)",
@@ -1889,8 +1896,8 @@ TABLE = (
     Mutation(
         "paging over a base that is shared out is refused only once it is loaded",
         "stages/launcher_file.py",
-        '    if launcher.kind == "fsdp":\n',
-        "    if False:\n",
+        '    if launcher.kind == "fsdp":\n        _require',
+        "    if False:\n        _require",
         (
             "tests/stages/test_launcher_file.py::"
             "test_paging_over_a_copy_that_is_not_made_is_refused_before_the_base_is_loaded",

@@ -35,24 +35,29 @@ DOCS = (ROOT / "docs" / "many_gpus.md").read_text()
 
 
 def two_machines(folder: Path, *overrides: str, steps: int = 3) -> LoadedConfig:
-    """A config as configs/two_nodes.yaml has it: one process a machine."""
+    """A config as configs/two_nodes.yaml has it, with one process a machine."""
     # SGD without clipping: that, and Adam's first steps, would hide a wrong scale of the gradient.
     training = {"batch_size": 4, "microbatch_size": 2, "max_steps": steps, "learning_rate": 0.05, "optimizer": "sgd"}
     training |= {"max_length": 64, "log_every": 1, "max_grad_norm": 1e9}
     held_out = {kind: {"sources": [f"tiny_data.py:{name}"], "held_out": 0.3} for kind, name in DATA.items()}
-    launch = {"processes": 1, "machines": 2, "main_address": "node0", "main_port": free_port()}
+    launch = {"processes": 1, "machines": 2, "main_address": "node0", "main_port": free_port(), "strategy": "fsdp"}
     return tiny_config(folder, *overrides, sft=training, launch=launch, data=held_out)
 
 
 def alone(folder: Path) -> Path:
     """The result of the same stage in one process."""
-    loaded = two_machines(folder, f"run_dir={folder / 'alone'}", "launch.machines=1", "launch.main_address=null")
+    one = ("launch.machines=1", "launch.main_address=null", "launch.strategy=auto")
+    loaded = two_machines(folder, f"run_dir={folder / 'alone'}", *one)
     sft.run(loaded, RunDirectory.open(loaded))
     return RunDirectory.find(loaded).stage("sft")
 
 
 def require_common_result(run: RunDirectory, wanted: Path, said: str) -> None:
-    """One result, to which each process gave its half: as far as floating-point sums go that of one process."""
+    """One result, to which each process gave its half: as far as floating-point sums go that of one process.
+
+    Each has held half of the base.
+    """
+    assert "each process holds 50% of its layers'" in said
     two, one = (load_file(path / "adapter_model.safetensors") for path in (run.stage("sft"), wanted))
     # Sums of float32 in another order, in three steps that moved the weights a thousand times as far.
     assert_close(two, one, rtol=1e-4, atol=1e-6)

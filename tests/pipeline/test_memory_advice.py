@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.cards import CARDS, Card, find_card
 from pipeline.config import PipelineConfig
-from pipeline.memory_advice import changed, choose_strategy, device_of, judge
+from pipeline.memory_advice import Change, changed, choose_strategy, device_of, judge
 from pipeline.memory_plan import device_bytes, fits, plan_stages
 from pipeline.model_shape import PUBLIC_SHAPES
 
@@ -96,20 +96,21 @@ def test_what_is_proposed_does_make_it_fit_and_nothing_of_it_can_be_left_out(sha
         assert fitting == (left_out is None and verdict.changes is not None)
 
 
-@pytest.mark.parametrize(
-    ("sections", "card", "expected"),
-    [
-        ({"ppo": {"rollout": {"batch_size": 64, "weights": "adapter"}}, "evaluate": {"batch_size": 1}}, "14GB",
-         "ppo.rollout.batch_size=32"),
-        (TIGHT | {"sft": {"microbatch_size": 9, "batch_size": 18, "max_length": 2048}}, "12GB",
-         "sft.microbatch_size=3"),
-    ],
-)  # fmt: skip
-def test_a_setting_is_lowered_no_further_than_it_must(sections: Any, card: str, expected: str) -> None:
-    """Not as far as the search had come; and to what divides a batch, though it be odd."""
-    small = {"reward": {"microbatch_size": 1, "batch_size": 16}, "sft": {"microbatch_size": 1, "batch_size": 16}}
-    verdict = judge(config(**small | sections), SMALL, find_card(card, where=""))
-    assert [change.text for change in verdict.changes or ()] == [expected]
+def test_a_setting_is_lowered_no_further_than_it_must() -> None:
+    """Not as far as the search had come when another was found to be needed; and to what divides a batch, if odd."""
+    wide = config(
+        sft={"microbatch_size": 9, "batch_size": 18, "max_length": 2048},
+        reward={"microbatch_size": 1, "batch_size": 16},
+        ppo={"microbatch_tokens": 1024, "rollout": {"batch_size": 64, "weights": "adapter"}},
+        evaluate={"batch_size": 1},
+    )
+    proposed = judge(wide, SMALL, find_card("12GB", where="")).changes
+    assert [change.text for change in proposed or ()] == ["ppo.rollout.batch_size=32", "sft.microbatch_size=3"]
+    for milder in ("ppo.rollout.batch_size=64", "sft.microbatch_size=6"):
+        key, size = milder.split("=")
+        rest = [change for change in proposed or () if key not in change.settings]
+        other = changed(wide, [*rest, Change({key: int(size)}, "")])
+        assert other is not None and judge(other, SMALL, find_card("12GB", where="")).changes
 
 
 def test_a_launcher_file_is_not_told_what_the_section_could_say() -> None:
