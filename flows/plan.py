@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.cards import GIB, Card, cards_here, find_card, main_memory
+from pipeline.cards import GIB, Card, cards_here, find_card, main_memory, size_in
 from pipeline.config import PipelineConfig
 from pipeline.errors import ConfigError
 from pipeline.memory_advice import Verdict, judge, share_of_machine
@@ -35,8 +35,9 @@ def card_for(config: PipelineConfig, card: str | None, memory: str | None) -> Ca
     if card is not None and memory is not None:
         raise ConfigError("--card and --memory are both given", remedy="Keep one of them.")
     if memory is not None:
-        if not memory.strip()[:1].isdigit():
-            raise ConfigError(f"'{memory}' is no size", where="--memory", remedy="Give one such as 24GB.")
+        if size_in(memory) is None:
+            remedy = "Give a number with its unit: 24GB, 24GiB or 24000MB."
+            raise ConfigError(f"'{memory}' is no size", where="--memory", remedy=remedy)
         return find_card(memory, where="--memory")
     if card is not None:
         return find_card(card, where="--card")

@@ -47,6 +47,7 @@ CARDS: Mapping[str, Card] = {
         _card("RTX A6000", 49_140),
         _card("RTX 6000 Ada", 49_140),
         _card("L4", 23_034),
+        _card("L40", 46_068),
         _card("L40S", 46_068),
         _card("A10", 23_028),
         _card("A100 40GB", 40_960),
@@ -62,13 +63,21 @@ CARDS: Mapping[str, Card] = {
 # Files that the drivers of NVIDIA (also under WSL), AMD and Intel GPUs make.
 _ACCELERATOR_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri/renderD128", "/dev/accel")
 _SIZE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*(GiB|GB|G|MiB|MB|M)\s*$", re.IGNORECASE)
+_MEMORY = re.compile(r"(\d+)gb")
 _UNITS = {"gib": GIB, "gb": GIB, "g": GIB, "mib": 2**20, "mb": 2**20, "m": 2**20}
 
 
-def find_card(text: str, *, where: str) -> Card:
-    """The card of a name (whatever its case and spaces), or of a size such as `24GB`.
+def size_in(text: str) -> int | None:
+    """Bytes of a size such as `24GB`; None where the text is none.
 
     A card's gigabytes are 2**30 bytes, as its box counts.
+    """
+    size = _SIZE.match(text)
+    return int(float(size[1]) * _UNITS[size[2].lower()]) or None if size is not None else None
+
+
+def find_card(text: str, *, where: str) -> Card:
+    """The card of a name (whatever its case and spaces, with its memory or without), or of a size such as `24GB`.
 
     Args:
         where: the setting that names it, for the error.
@@ -76,22 +85,27 @@ def find_card(text: str, *, where: str) -> Card:
     Raises:
         ConfigError: no such card; names the nearest ones.
     """
-    size = _SIZE.match(text)
-    if size is not None and float(size[1]) > 0:
-        return Card(text.strip(), int(float(size[1]) * _UNITS[size[2].lower()]))
-    plain = {_plain(name): card for name, card in CARDS.items()}
-    if (card := plain.get(_plain(text))) is not None:
-        return card
-    near = [plain[name].name for name in difflib.get_close_matches(_plain(text), plain, n=3, cutoff=0.5)]
+    if (size := size_in(text)) is not None:
+        return Card(text.strip(), size)
+    name, known = _plain(text), {_plain(card.name): card for card in CARDS.values()}
+    if name in known:
+        return known[name]
+    for plain, card in known.items():
+        rest = _MEMORY.fullmatch(name.removeprefix(plain)) if name.startswith(plain) else None
+        # A driver shows up to a tenth less than the box says.
+        if rest is not None and 0.9 * int(rest[1]) * GIB <= card.memory_bytes <= int(rest[1]) * GIB:
+            return card
+    near = [card.name for plain, card in known.items() if name and plain.startswith(name)]
+    near = near or [known[plain].name for plain in difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
     raise ConfigError(
         f"'{text}' is no card that trivet knows{', perhaps ' + ' or '.join(near) if near else ''}",
         where=where,
-        remedy=f"Give its memory instead, such as 24GB, or one of: {', '.join(CARDS)}.",
+        remedy=f"Give its memory instead, a number with its unit such as 24GB, or one of: {', '.join(CARDS)}.",
     )
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"nvidia|geforce|amd|instinct|[^a-z0-9]", "", name.lower())
+    return re.sub(r"nvidia|geforce|rtx|amd|instinct|sxm\d?|pcie|hbm\d?e?|[^a-z0-9]", "", name.lower())
 
 
 def cards_here() -> list[Card]:

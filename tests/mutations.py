@@ -1803,6 +1803,13 @@ TABLE = (
         ),
     ),
     Mutation(
+        "a card's name with any memory behind it stands for the card",
+        "pipeline/cards.py",
+        "0.9 * int(rest[1]) * GIB <= card.memory_bytes <= int(rest[1]) * GIB",
+        "True",
+        ("tests/pipeline/test_cards.py::test_a_name_that_says_too_little_or_is_wrong_comes_with_the_right_ones",),
+    ),
+    Mutation(
         "a setting is lowered as far as the search had come",
         "pipeline/memory_advice.py",
         "in reversed(taken[:-1]):",

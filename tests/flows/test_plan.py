@@ -86,7 +86,10 @@ def test_stages_side_by_side_have_to_fit_together() -> None:
     ("options", "words"),
     [
         (["--card", "RTX 9999"], "is no card that trivet knows"),
-        (["--memory", "much"], "'much' is no size"),
+        (["--memory", "much"], "--memory: 'much' is no size"),
+        (["--memory", "24"], "'24' is no size  -> Give a number with its unit: 24GB, 24GiB or 24000MB."),
+        (["--memory", "24TB"], "'24TB' is no size"),
+        (["--memory", "RTX 4090"], "'RTX 4090' is no size"),
         (["--card", "T4", "--memory", "16GB"], "both given"),
         (["launch.card=abacus"], "launch.card: 'abacus' is no card"),
         (["launch.accelerate_config=nope.yaml"], "there is no such file"),

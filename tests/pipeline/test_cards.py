@@ -16,6 +16,38 @@ def test_a_card_is_known_however_it_is_written(text: str) -> None:
     assert find_card(text, where="--card") is CARDS["RTX 4090"]
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("4090", "RTX 4090"),
+        ("A6000", "RTX A6000"),
+        ("L40", "L40"),
+        ("H100 80GB", "H100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("H100 PCIe", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("L40S 48GB", "L40S"),
+        ("T4 16GB", "T4"),
+        ("RTX 4090 24GB", "RTX 4090"),
+    ],
+)
+def test_everyday_names_are_known(text: str, name: str) -> None:
+    assert find_card(text, where="--card") is CARDS[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("A100", "A100 40GB or A100 80GB"),
+        ("H100 40GB", "A100 40GB or A100 80GB or H100"),
+        ("V100", "V100 16GB or V100 32GB"),
+    ],
+)
+def test_a_name_that_says_too_little_or_is_wrong_comes_with_the_right_ones(text: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{text}' is no card that trivet knows, perhaps {near}\n"):
+        find_card(text, where="--card")
+
+
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24 * GIB), ("1.5 gib", 3 * GIB // 2), ("512MB", 2**29)])
 def test_a_size_stands_for_a_card(text: str, size: int) -> None:
     assert find_card(text, where="--memory").memory_bytes == size
@@ -25,9 +57,9 @@ def test_a_size_stands_for_a_card(text: str, size: int) -> None:
 def test_an_unknown_card_is_refused_with_those_there_are(text: str) -> None:
     with pytest.raises(ConfigError, match=r"launch\.card: '.*' is no card that trivet knows") as caught:
         find_card(text, where="launch.card")
-    assert "H100" in str(caught.value)
+    assert "a number with its unit such as 24GB, or one of: T4, " in str(caught.value)
     if text == "RTX 4091":
-        assert "perhaps RTX 4090" in str(caught.value)
+        assert "perhaps RTX 4090 or" in str(caught.value)
 
 
 def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:

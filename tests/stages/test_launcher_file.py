@@ -22,7 +22,7 @@ from pipeline.run_directory import STAGES, StageName
 from pipeline.sharding import sharers
 from stages import launcher_file as module
 from stages.launch import ensure_stage
-from stages.launcher_file import launcher_settings, read_launcher_file, require_launchable, resolve
+from stages.launcher_file import ask_as_accelerate, launcher_settings, read_launcher_file, require_launchable, resolve
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -331,6 +331,28 @@ def test_paging_over_a_copy_that_is_not_made_is_refused_before_the_base_is_loade
     assert require_launchable(PipelineConfig.model_validate(tree)).kind == "ddp"
     tree["launch"]["strategy"], tree["ppo"]["rollout"]["weights"] = "fsdp", "merged"
     assert require_launchable(PipelineConfig.model_validate(tree)).kind == "fsdp"
+
+
+def test_torchruns_processes_are_asked_as_accelerate_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(environment: dict[str, str], **launch: Any) -> dict[str, str]:
+        variables = dict(environment)
+        monkeypatch.setattr(module.os, "environ", variables)
+        ask_as_accelerate(config(processes=2, **launch))
+        return {key: value for key, value in variables.items() if key not in environment}
+
+    kept_here = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    assert asked({}, strategy="fsdp") == kept_here
+    switched = kept_here | {"FSDP_OFFLOAD_PARAMS": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}
+    assert asked({}, strategy="fsdp", cpu_offload=True, reshard_after_forward=False) == switched
+    assert asked({}, strategy="ddp") == {}
+    # Accelerate's own launcher has asked already, or has not been told to.
+    assert asked({"ACCELERATE_MIXED_PRECISION": "no"}, strategy="fsdp") == {}
+    own = {"accelerate_config": str(ROOT / "configs/accelerate/fsdp2_offload.yaml")}
+    monkeypatch.setattr(module, "read_launcher_file", lambda path: module.Launcher("fsdp", 2, 1, path, offload=True))
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(module.os, "environ", variables)
+    ask_as_accelerate(config(**own))
+    assert variables == kept_here | {"FSDP_OFFLOAD_PARAMS": "true"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
