@@ -54,6 +54,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.scoring import score_rewards
 from stages import experience as experience_module
 from stages import ppo
+from stages.held_out_answers import HELD_OUT_ANSWERS
 from stages.inputs import find_current
 from stages.round_metrics import correlation, repetition, round_metrics
 from stages.training_state import TrainingState
@@ -621,7 +622,7 @@ def test_a_whole_run_leaves_its_results_and_its_parents_as_they_should_be(tmp_pa
     assert manifest == read_manifest(run.stage("ppo"))
     gates = manifest.extra["gates"]
     assert gates["kl"] == 0.0 and gates["reward_round_trip"] == 0.0
-    wanted = {"adapter_config.json", "adapter_model.safetensors", "value/value_head.safetensors"}
+    wanted = {"adapter_config.json", "adapter_model.safetensors", "value/value_head.safetensors", HELD_OUT_ANSWERS}
     if critic == "adapter":
         wanted |= {"value/adapter_config.json", "value/adapter_model.safetensors"}
     assert set(manifest.files) == wanted
