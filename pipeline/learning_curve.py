@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any
 
 from pipeline import scored_pairs
@@ -64,8 +65,14 @@ class CurvePoint:
 
     @cached_property
     def right(self) -> dict[tuple[str, int], float]:
-        """By held-out row whether the model is right: 1, 0, or one half for equal scores."""
-        return {(pair.source, pair.row): 0.5 + 0.5 * ((pair.lead > 0) - (pair.lead < 0)) for pair in self.held_out}
+        """By held-out row whether the model is right: 1, 0, or one half for equal scores.
+
+        A row's file goes by its name alone, since a run may have been moved between two points.
+        """
+        return {
+            (PurePath(pair.source).name, pair.row): 0.5 + 0.5 * ((pair.lead > 0) - (pair.lead < 0))
+            for pair in self.held_out
+        }
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,15 @@ def test_points_without_a_pair_in_common_are_not_compared() -> None:
     assert curve.headline == "The points were measured on different pairs" and curve.sentence
 
 
+def test_a_run_that_was_moved_keeps_its_points_together() -> None:
+    here, there = (
+        CurvePoint(share, 100, [ScoredPair(f"/{folder}/f.jsonl", 1, 1.0, 0.0, 2, 1)])
+        for share, folder in ((0.5, "here"), (1.0, "there"))
+    )
+    found = difference(here, there)
+    assert found is not None and found.n == 1
+
+
 # ---- as it lies in a run's folder
 
 
