@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def test_a_resumed_stage_shows_no_step_twice(tmp_path: Path) -> None:
     interrupted.truncate_after(0)
     for step in range(1, 6):
         interrupted.write(step, loss=float(step))
+    time.sleep(1.1)  # TensorBoard orders a folder's files by the second they are of; a process takes longer to start
     with TrackedMetrics("sft", loaded, run) as log:
         log.truncate_after(3)
         for step in range(4, 8):
