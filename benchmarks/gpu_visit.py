@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory_plan import WORDS, make_config, measured_peaks, planned_bytes, write_data
+from memory_plan import WORDS, device_here, llama_config, make_config, measured_peaks, planned_bytes, write_data
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.artifacts import read_manifest
 from pipeline.base_files import load_tokenizer
@@ -33,8 +33,7 @@ from pipeline.chat import ChatFormat
 from pipeline.config import BaseSettings
 from pipeline.config_file import LoadedConfig, load_config
 from pipeline.errors import TrivetError
-from pipeline.memory_plan import Device, compute_bytes, plan_stages
-from pipeline.merged_model import device_memory_bytes
+from pipeline.memory_plan import plan_stages
 from pipeline.metrics import read_metrics
 from pipeline.model_shape import shape_of
 from pipeline.run_directory import RunDirectory, StageName
@@ -89,19 +88,7 @@ TEMPLATE = (
 
 def make_base(folder: Path, shape: dict[str, int]) -> None:
     """Save a random Llama in bfloat16, made where there is a GPU on it, and a tokenizer of one token a word."""
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=shape["words"],
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["intermediate_size"],
-        num_hidden_layers=shape["num_hidden_layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv"],
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
+    config = llama_config(shape, shape["words"], tie_word_embeddings=False, bos_token_id=None, eos_token_id=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -146,16 +133,12 @@ def visit(name: str, rollouts: list[str], scratch: Path) -> dict[str, Any]:
         scratch, checkpointing=True, quantization="nf4", critic="adapter", dtype="auto", weights="merged"
     )
     on_gpu = torch.cuda.is_available()
-    size = compute_bytes("auto", bfloat16=on_gpu or torch.cpu._is_avx512_bf16_supported(), is_gpu=on_gpu)
-    memory = device_memory_bytes(torch.device("cuda" if on_gpu else "cpu"))
     found: dict[str, Any] = {}
     stages: list[tuple[str, StageName, tuple[str, ...]]] = [("sft", "sft", ()), ("reward", "reward", ())]
     stages += [(f"ppo, {rollout}", "ppo", ROLLOUTS[rollout]) for rollout in rollouts]
     for label, stage, overrides in stages:
         loaded = load_config(first.path, [*ROUND, *overrides])
-        plan = plan_stages(
-            loaded.config, shape_of(loaded.config.base), Device(size, is_gpu=on_gpu, memory_bytes=memory)
-        )
+        plan = plan_stages(loaded.config, shape_of(loaded.config.base), device_here("auto"))
         planned = planned_bytes(plan[stage], on_gpu=on_gpu)
         try:
             for _, measured in measured_peaks(loaded, [stage]):

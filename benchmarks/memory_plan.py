@@ -46,20 +46,24 @@ LENGTH, PROMPT, NEW, ROWS = 512, 192, 64, 40
 WORDS = "bread rivers chess tea maps birds cars stars music water fire wood stone light wind rain".split()  # noqa: SIM905
 
 
-def make_base(folder: Path, shape: dict[str, int]) -> None:
-    """Save a random Llama in bfloat16 with the demo's tokenizer."""
-    config = AutoConfig.for_model(
+def llama_config(shape: dict[str, int], vocabulary: int, **more: Any) -> Any:
+    """transformers' config of a Llama of that shape; `more` are further fields."""
+    return AutoConfig.for_model(
         "llama",
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=shape["hidden_size"],
         intermediate_size=shape["intermediate_size"],
         num_hidden_layers=shape["num_hidden_layers"],
         num_attention_heads=shape["heads"],
         num_key_value_heads=shape["kv"],
-        head_dim=64,
-        tie_word_embeddings=True,
         max_position_embeddings=8192,
+        **more,
     )
+
+
+def make_base(folder: Path, shape: dict[str, int]) -> None:
+    """Save a random Llama in bfloat16 with the demo's tokenizer."""
+    config = llama_config(shape, VOCABULARY, head_dim=64, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     load_tokenizer(BaseSettings(model=TOKENIZER)).save_pretrained(folder)
 
@@ -146,6 +150,14 @@ def measured_peaks(loaded: LoadedConfig, stages: list[StageName]) -> Iterator[tu
         yield stage, read_manifest(run.stage(stage)).peak_memory_bytes
 
 
+def device_here(dtype: str) -> Device:
+    """The device of this machine as the plan reckons with it, for a base that computes in `dtype`."""
+    on_gpu = torch.cuda.is_available()
+    size = compute_bytes(dtype, bfloat16=on_gpu or torch.cpu._is_avx512_bf16_supported(), is_gpu=on_gpu)
+    memory = device_memory_bytes(torch.device("cuda" if on_gpu else "cpu"))
+    return Device(size, is_gpu=on_gpu, memory_bytes=memory)
+
+
 def planned_bytes(plan: StagePlan, *, on_gpu: bool) -> int:
     """What the plan says of that which is measured: the tensors on a GPU, the whole process on a CPU."""
     return plan.tensor_bytes if on_gpu else device_bytes(plan, is_gpu=False)
@@ -181,12 +193,7 @@ def main() -> None:
                 dtype=arguments.dtype,
                 weights=arguments.rollout,
             )
-            bfloat16 = on_gpu or torch.cpu._is_avx512_bf16_supported()
-            size = compute_bytes(loaded.config.base.dtype, bfloat16=bfloat16, is_gpu=on_gpu)
-            memory = device_memory_bytes(torch.device("cuda" if on_gpu else "cpu"))
-            plans = plan_stages(
-                loaded.config, shape_of(loaded.config.base), Device(size, is_gpu=on_gpu, memory_bytes=memory)
-            )
+            plans = plan_stages(loaded.config, shape_of(loaded.config.base), device_here(loaded.config.base.dtype))
             for stage, measured in measured_peaks(loaded, stages):
                 planned = planned_bytes(plans[stage], on_gpu=on_gpu)
                 results.append(
