@@ -5,7 +5,7 @@ one PPO epoch, minibatches of 8. The reward and value adapters are fresh copies 
 arithmetic is the real one, their opinion does not matter here. Then a checkpoint and a round are kept, as a run
 keeps them, and put back; `checkpoint.share` is what that costs of an iteration at the default settings.
 
-    python benchmarks/ppo_iteration.py [--iterations 2] [--critic adapter|head] [--dtype auto] [--output FILE]
+    python benchmarks/ppo_iteration.py [--iterations 5] [--critic adapter|head] [--dtype auto] [--output FILE]
                                        [--prompts 32] [--new-tokens 48] [--reward adapter|function]
 
 Other prompts, lengths and rewards are for `growth.py`. A function as the reward takes the place of the reward adapter.
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def length_of(completions: Sequence[str], **_: Any) -> list[float]:
 
 
 def measure(work: Workload, iterations: int, *, with_floor: bool) -> dict[str, Any]:
-    """Run a warm-up iteration, then the measured ones; the medians are reported."""
+    """Run a warm-up iteration, then the measured ones, each followed by its floor; the medians are reported."""
     world = World()
     seed_everything(0, deterministic=False)
     ppo = PPOSettings.model_validate(
@@ -121,9 +121,9 @@ def measure(work: Workload, iterations: int, *, with_floor: bool) -> dict[str, A
     prompts = questions(work.prompts)
     sampling = replace(sampling_settings(ppo), batch_size=work.prompts, ignore_eos=True)
     prompt_tokens = [len(base.chat.prompt_ids(prompt.prompt)) for prompt in prompts]
-    rounds = []
-    reset_peak()
+    rounds, floors, peak = [], [], 0
     for iteration in range(iterations + 1):
+        reset_peak()
         set_learning_rates(optimizer, ppo, iteration)
         sampled = sample(
             roles,
@@ -137,8 +137,10 @@ def measure(work: Workload, iterations: int, *, with_floor: bool) -> dict[str, A
         experience = collect(roles, rewards, prompts, sampled, ppo, kl_coefficient=0.05, world=world, budgets=budgets)
         seen = updater.update(experience, iteration, critic_only=False)
         rounds.append(round_metrics(experience, seen, kl_coefficient=0.05, world=world))
+        peak = max(peak, peak_memory_bytes())
+        if with_floor:
+            floors.append(floor(roles, ppo, experience))
     measured = rounds[1:]
-    peak = peak_memory_bytes()
 
     def median(name: str) -> float:
         return statistics.median(found[name] for found in measured)
@@ -164,7 +166,7 @@ def measure(work: Workload, iterations: int, *, with_floor: bool) -> dict[str, A
         "new_tokens_per_second": round(work.prompts * work.new_tokens / total, 1),
         "samples_per_second": round(work.prompts / total, 3),
         "peak_memory_mb": round(peak / 1e6),
-        **(floor(roles, ppo, experience, total, iterations) if with_floor else {}),
+        **(against_floor([found["seconds/total"] for found in measured], floors[1:]) if with_floor else {}),
         "checkpoint": checkpoint_costs(roles, optimizer, budgets, ppo, experience, total),
         "sampler_logprob_gap_mean": median("sampler/logprob_gap_mean"),
         "first_ratio_error": median("update/first_ratio_error"),
@@ -177,30 +179,32 @@ def measure(work: Workload, iterations: int, *, with_floor: bool) -> dict[str, A
     }
 
 
-def floor(
-    roles: Roles, ppo: PPOSettings, experience: Experience, iteration_seconds: float, times: int
-) -> dict[str, Any]:
-    """The arithmetic that an iteration cannot do without, and no algorithm around it, timed in the same process.
+def against_floor(iterations: Sequence[float], floors: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The floor's seconds, and how much longer an iteration takes than the floor timed right after it; medians."""
+    totals = [sum(found.values()) for found in floors]
+    ratios = [seconds / total for seconds, total in zip(iterations, totals, strict=True)]
+    return {
+        "floor_seconds": round(statistics.median(totals), 2),
+        "floor_seconds_per_phase": {
+            phase: round(statistics.median(found[phase] for found in floors), 2) for phase in floors[0]
+        },
+        "floor_ratio": round(statistics.median(ratios), 3),
+        "floor_ratios": [round(ratio, 3) for ratio in ratios],
+    }
+
+
+def floor(roles: Roles, ppo: PPOSettings, experience: Experience) -> dict[str, float]:
+    """Seconds of the arithmetic that an iteration cannot do without, and no algorithm around it, by phase.
 
     One generation of as many tokens by the same engine, greedily; a forward pass for the policy, the reference, the
     reward and, where it has an adapter of its own, the value; forward and backward passes of the update, minibatch by
     minibatch, since each starts from the weights that the last one left. All sequences are as long as the mean, so
-    that nothing is padded. As often as the iterations were measured; the median counts.
+    that nothing is padded.
     """
     count = len(experience.episodes)
     length = round(sum(len(episode.ids) for episode in experience.episodes) / count)
     new = ppo.max_new_tokens
     episodes = [Episode(tuple(range(100, 100 + length - new)), tuple(range(500, 500 + new)))] * count
-    seconds = {}
-
-    def timed(name: str, work: Callable[[], object]) -> None:
-        work()
-        found = []
-        for _ in range(times):
-            started = time.monotonic()
-            work()
-            found.append(time.monotonic() - started)
-        seconds[name] = statistics.median(found)
 
     def sample() -> None:
         prompts = torch.tensor([episode.prompt for episode in episodes])
@@ -240,15 +244,14 @@ def floor(
                         head_values(roles, "value", hidden_BLD, batch).sum().backward()
 
     roles.inference_mode()
-    timed("rollout", sample)
-    timed("score", score)
-    timed("update", update)
-    total = sum(seconds.values())
-    return {
-        "floor_seconds": round(total, 2),
-        "floor_seconds_per_phase": {phase: round(value, 2) for phase, value in seconds.items()},
-        "floor_ratio": round(iteration_seconds / total, 3),
-    }
+    seconds = {}
+    for phase, work in {"rollout": sample, "score": score, "update": update}.items():
+        started = time.monotonic()
+        work()
+        seconds[phase] = time.monotonic() - started
+    for parameter in roles.model.parameters():
+        parameter.grad = None
+    return seconds
 
 
 def checkpoint_costs(
@@ -300,7 +303,7 @@ def main() -> None:
         environment = child_environment(LaunchSettings()) | {"TRIVET_BENCHMARK": "1", "PYTHONSAFEPATH": ""}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     parser = argparse.ArgumentParser(description="Times one PPO iteration on a fixed workload.")
-    parser.add_argument("--iterations", type=int, default=2, help="measured iterations, after one to warm up")
+    parser.add_argument("--iterations", type=int, default=5, help="measured iterations, after one to warm up")
     parser.add_argument("--critic", choices=["adapter", "head"], default="adapter")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--prompts", type=int, default=32)

@@ -29,6 +29,7 @@ from pipeline.progress import ProgressUpdate
 from pipeline.run_directory import RunDirectory, StageName
 from stages.interruption import StoppedInOrder
 from stages.launch import StageDiedError, StageResult, ensure_stage
+from stages.launcher_file import machine_rank_of
 from stages.side_by_side import SideBySide
 
 _SECONDS_BETWEEN_LOG_LINES = 60.0
@@ -162,7 +163,7 @@ def _run(stage: StageName, order: Order) -> Outcome:
     loaded = load_config(order.config, order.overrides)
     run = RunDirectory(loaded.config.run_dir)
     display = current_display()
-    log_of_stage = run.log(stage, loaded.config.launch.machine_rank)
+    log_of_stage = run.log(stage, machine_rank_of(loaded.config.launch))
     with LiveProgress(stage, log).running() as live, kept_up(run.root, log.warning) as report:
         log_progress = _log_now_and_then(log.info)
 

@@ -138,6 +138,12 @@ def read_launcher_file(path: str | Path) -> Launcher:
         ) from None
 
 
+def machine_rank_of(launch: LaunchSettings) -> int:
+    """The number of this machine, as the section or its own file says; errors as in `read_launcher_file`."""
+    file = launch.accelerate_config
+    return launch.machine_rank if file is None else read_launcher_file(file).machine_rank
+
+
 def _read(settings: Mapping[str, Any], path: Path, where: str) -> Launcher:
     name = _kind_in(settings, where)
     machines = _count("num_machines", settings.get("num_machines") or 1, where)

@@ -1,4 +1,4 @@
-"""What trivet changes in TRL's trainers: checkpoints, microbatches that fit into memory, and stopping.
+"""What trivet changes in TRL's trainers: batches, checkpoints, microbatches that fit into memory, and stopping.
 
 A checkpoint holds safetensors and JSON only, and everything that later steps depend on, so that a resumed training ends
 in the very bytes of one that was never interrupted.
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from pipeline.checkpoint import CheckpointFolder
@@ -28,6 +29,7 @@ from pipeline.sharding import Shards, unknown_to_libraries
 from pipeline.tensor_tree import load_tree, save_tensors, save_tree
 from stages.interruption import Interrupted, requested
 from stages.microbatches import Microbatch
+from stages.whole_batches import EXAMPLES, CollatorOfGaps, RowsWithGaps, WholeBatches, with_targets_of_rows
 
 TRAINER_STATE = "trainer_state.json"
 """What transformers reads the steps and the logged figures from."""
@@ -44,6 +46,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     stage: StageName
     checkpoints: CheckpointFolder | None = None
     current_gradient_accumulation_steps: float
+    train_dataset: Any
+    data_collator: Any
 
     def __init__(self, *args: Any, shards: Shards | None = None, **kwargs: Any) -> None:
         self.world, self.shards = World(), shards
@@ -56,6 +60,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self._best: dict[str, Tensor] = {}
         self._after_step: dict[str, Any] = {}
         self._saved_step = -1
+        self._step_examples = 0  # rows of this step in all processes
+        self._counts = True  # whether the microbatch at hand has rows of its own
 
     def cut(self, inputs: Microbatch, rows: int) -> Iterable[tuple[Microbatch, float]]:
         """Parts of a microbatch with at most so many rows, and each one's share of the whole's loss."""
@@ -71,6 +77,39 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     def learning(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    # -- batches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This process's microbatches of an epoch, as many as the others have; see `stages.whole_batches`."""
+        rows, collate = self.train_dataset, self.data_collator
+        self.train_dataset, self.data_collator = RowsWithGaps(rows), CollatorOfGaps(collate, rows)
+        try:
+            return cast("DataLoader[Any]", super().get_train_dataloader())
+        finally:
+            self.train_dataset, self.data_collator = rows, collate
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[Any]:
+        order: Sampler[Any] = super()._get_train_sampler(*args, **kwargs)
+        if getattr(self.args, "train_sampling_strategy", None) == "batch_rebalance":
+            return order  # which makes each process's microbatches itself, without gaps
+        step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.world.size
+        return WholeBatches(order, step, seed=self.args.data_seed, drop_last=self.args.dataloader_drop_last)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Microbatch], Any]:
+        """A step's microbatches, and the tokens that the loss is over, where it is over tokens."""
+        batches, targets = super().get_batch_samples(*args, **kwargs)
+        examples = torch.tensor(sum(batch[EXAMPLES] for batch in batches), dtype=torch.float64)
+        self._step_examples = int(self.world.sum(examples))
+        return batches, targets
+
+    def _get_num_items_in_batch(self, batches: list[Microbatch], device: torch.device) -> Any:
+        return super()._get_num_items_in_batch(with_targets_of_rows(batches), device)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; 0, with slopes of 0, for a microbatch that has no row of its own."""
+        loss = super().compute_loss(*args, **kwargs)
+        return loss if self._counts else loss * 0.0
 
     # -- steps
 
@@ -105,11 +144,16 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         if self.world.size == 1 and requested():
             self._save(self._after_step)
             raise Interrupted
+        inputs = dict(inputs)
+        examples = inputs.pop(EXAMPLES)
         replicated = isinstance(model, DistributedDataParallel)
         learning = list(self.learning().values())
         gradients = [parameter.grad for parameter in learning]
         figures, random, first = self._figures(), random_states(), self._budget.size
         accumulated = self.current_gradient_accumulation_steps
+        # Where a loss is a mean over the microbatch, each row of the step is to count the same.
+        weight = examples * accumulated * self.world.size / self._step_examples if examples else 1.0
+        self._counts = bool(examples)
         training_step: Any = super().training_step
 
         def attempt(rows: int) -> Tensor:
@@ -120,23 +164,28 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 restore_random_states(random)
             losses = []
             for part, share in self._parts(inputs, rows):
-                # A loss that is a mean over the microbatch counts with the part's share.
-                self.current_gradient_accumulation_steps = accumulated / share
+                self.current_gradient_accumulation_steps = accumulated / (weight * share)
                 losses.append(training_step(model, part, num_items_in_batch))
             return torch.stack(losses).sum()
 
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "current_gradient_accumulation_steps", accumulated)
-            if replicated:
-                stack.enter_context(cast(DistributedDataParallel, model).no_sync())
-                stack.enter_context(_without_gathering(self.accelerator))
-            if replicated or self.world.size == 1:
-                loss = self._budget.fit(attempt, smallest=1, whole=self.rows(inputs), remedy=self._less_memory(inputs))
-            else:
-                loss = attempt(self._budget.size)
-        for parameter, gradient in zip(learning, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        if examples or self.shards is not None:  # a base in shares takes all processes, whatever they have to do
+            with ExitStack() as stack:
+                stack.callback(setattr, self, "current_gradient_accumulation_steps", accumulated)
+                if replicated:
+                    stack.enter_context(cast(DistributedDataParallel, model).no_sync())
+                    stack.enter_context(_without_gathering(self.accelerator))
+                if replicated or self.world.size == 1:
+                    whole, remedy = self.rows(inputs), self._less_memory(inputs)
+                    loss = self._budget.fit(attempt, smallest=1, whole=whole, remedy=remedy)
+                else:
+                    loss = attempt(self._budget.size)
+            for parameter, gradient in zip(learning, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        else:
+            loss = torch.zeros((), device=self.args.device)
+        if not examples:
+            self._restore_figures(figures)
         self._losses.append(loss)
         if self.accelerator.sync_gradients:
             if replicated:
@@ -193,12 +242,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def _share_figures(self) -> None:
-        """What each process saw by itself becomes the mean of all of them; tokens, their sum."""
+        """What each process saw in its microbatches becomes the mean of all of them; tokens, their sum."""
+        processes = self.world.gather([self._figures()])
         figures = self._metrics["train"]
-        mine = {name: sum(values) / len(values) for name, values in figures.items()}
-        for name in mine:
-            total = float(self.world.sum(torch.tensor(mine[name], dtype=torch.float64)))
-            figures[name] = [total if name == "num_tokens" else total / self.world.size]
+        for name, values in _pooled(processes).items():
+            figures[name] = [sum(values) / len(values)]
+        if "num_tokens" in figures:
+            figures["num_tokens"] = [sum(each["tokens"] for each in processes)]
 
     def _figures(self) -> dict[str, Any]:
         figures = {name: list(values) for name, values in self._metrics["train"].items()}
@@ -303,11 +353,10 @@ def shared_anew(processes: Sequence[Mapping[str, Any]], rank: int, size: int) ->
         rank: of the one to keep its part.
         size: how many there are now; all parts together make the same means and the same number of tokens.
     """
-    figures = {}
-    for name in processes[0]["figures"]:
-        values = [value for each in processes for value in each["figures"].get(name, ())]
-        if values:
-            figures[name] = [sum(values) / len(values)] * max(1, round(len(values) / size))
+    figures = {
+        name: [sum(values) / len(values)] * max(1, round(len(values) / size))
+        for name, values in _pooled(processes).items()
+    }
     tokens = int(sum(each["tokens"] for each in processes))
     losses = [each["loss"] for each in processes]
     return {
@@ -316,6 +365,15 @@ def shared_anew(processes: Sequence[Mapping[str, Any]], rank: int, size: int) ->
         "loss": (sum(total for total, _ in losses) / len(losses), losses[0][1]),
         "microbatch_size": min(each["microbatch_size"] for each in processes),
     }
+
+
+def _pooled(processes: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Each figure's values of all microbatches, whichever process had them."""
+    pooled: dict[str, list[float]] = {}
+    for each in processes:
+        for name, values in each["figures"].items():
+            pooled.setdefault(name, []).extend(values)
+    return {name: values for name, values in pooled.items() if values}
 
 
 @contextmanager

@@ -29,7 +29,8 @@ BASE, ARTIFACTS, RUN_DIRECTORY = (
 RUN_LOCK, DISK = (f"tests/pipeline/test_{name}.py" for name in ("run_lock", "disk"))
 PPO, GATES, EVALUATE, PROCESSES = (f"tests/stages/test_{name}.py" for name in ("ppo", "gates", "evaluate", "processes"))
 DATASETS = "tests/pipeline/test_datasets.py"
-TRL_RESUME = "tests/stages/test_trl_resume.py"
+TRL_RESUME, TRL_PROCESSES = "tests/stages/test_trl_resume.py", "tests/stages/test_trl_processes.py"
+WHOLE = "tests/stages/test_whole_batches.py"
 PARITY = "tests/parity/test_ppo_step.py"
 SFT, REWARD, TRL_OPTIONS, SCALAR_HEAD = (
     f"tests/{name}.py"
@@ -570,6 +571,62 @@ TABLE = (
         (f"{CHAINED}::test_policy_and_critic_are_those_of_one_process_that_was_never_stopped",),
     ),
     Mutation(
+        "an epoch's last batch is filled up with rows that count again",
+        "stages/whole_batches.py",
+        "yield from numbers + [_GAP] * (self._length - len(numbers))",
+        "yield from (numbers * self._length)[: self._length]",
+        (f"{TRL_PROCESSES}::test_two_processes_write_one_result_with_the_same_figures", WHOLE),
+    ),
+    Mutation(
+        "rows of an incomplete batch are left out unasked",
+        "stages/whole_batches.py",
+        "batches = rows // batch_size if drop_last else",
+        "batches = rows // batch_size if not drop_last else",
+        (WHOLE,),
+    ),
+    Mutation(
+        "rows of like length meet in a process's part of a batch",
+        "stages/whole_batches.py",
+        "            order.batch_size = batch_size  # transformers",
+        "            pass  # transformers",
+        (WHOLE,),
+    ),
+    Mutation(
+        "the targets of a row in a gap's place are counted",
+        "stages/whole_batches.py",
+        'if not microbatch[EXAMPLES] and "labels" in microbatch:',
+        "if False:",
+        (f"{WHOLE}::test_only_targets_of_rows_are_counted",),
+    ),
+    Mutation(
+        "pairs of a smaller microbatch count for more",
+        "stages/trl_trainer.py",
+        "self.current_gradient_accumulation_steps = accumulated / (weight * share)",
+        "self.current_gradient_accumulation_steps = accumulated / share",
+        ("tests/stages/test_reward.py::test_a_step_does_not_depend_on_how_its_batch_is_divided",),
+    ),
+    Mutation(
+        "a row in a gap's place is learned from",
+        "stages/trl_trainer.py",
+        "return loss if self._counts else loss * 0.0",
+        "return loss",
+        (f"{SHARDED}::test_two_processes_train_the_adapter_that_one_trains",),
+    ),
+    Mutation(
+        "a row in a gap's place shows in the figures",
+        "stages/trl_trainer.py",
+        "        if not examples:\n            self._restore_figures(figures)\n",
+        "",
+        (f"{SHARDED}::test_two_processes_measure_what_one_measures",),
+    ),
+    Mutation(
+        "each process's figures count the same, however many microbatches they are of",
+        "stages/trl_trainer.py",
+        "setdefault(name, []).extend(values)",
+        "setdefault(name, []).append(sum(values) / len(values))",
+        (f"{TRL_PROCESSES}::test_two_processes_write_one_result_with_the_same_figures",),
+    ),
+    Mutation(
         "more processes take over what each of fewer had summed up",
         "stages/trl_trainer.py",
         "            mine = mine | shared_anew(processes, self.world.rank, self.world.size)\n",
@@ -939,8 +996,8 @@ TABLE = (
     Mutation(
         "halves of a microbatch of pairs count twice",
         "stages/trl_trainer.py",
-        "accumulated / share",
-        "accumulated",
+        "accumulated / (weight * share)",
+        "accumulated / weight",
         (f"{TRL_RESUME}::test_a_microbatch_that_does_not_fit_is_halved[reward-forward]",),
     ),
     Mutation(

@@ -107,7 +107,7 @@ def run_stage(folder: Path, kind: str, stage: str) -> None:
 def stop(folder: Path, stage: str) -> None:
     """Process 1 is asked to stop amid the second of three steps."""
     own = StageTrainer._parts
-    in_process(1, 6, interruption.request)
+    in_process(1, 7, interruption.request)
     try:
         with shared_out("fsdp-nf4"):
             MODULES[stage].run(config(folder, "nf4", f"stopped/{stage}"), RunDirectory(folder / "stopped" / stage))

@@ -1,4 +1,4 @@
-"""What some processes began, others go on with: trained on 4, then on 2, then on 1; and on 1, then on 2."""
+"""What some processes began, others go on with: on 4, then 2, then 1, DDP or the base shared out; on 1, then 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chained import CHAINS, MODULES, STOPS, go_on
+from chained import BASE, CHAINS, MODULES, STOPS, go_on
 from process_group import TESTS, run_together
 from safetensors.torch import load_file
 from tiny_models import tiny_config
@@ -19,13 +19,13 @@ from pipeline.artifacts import read_manifest
 from pipeline.metrics import read_metrics
 from pipeline.run_directory import RunDirectory
 
-BOTH = pytest.mark.parametrize("chain", list(CHAINS))
+EACH = pytest.mark.parametrize("chain", list(CHAINS))
 PARENTS = {"sft": (), "reward": ("sft",), "ppo": ("sft", "reward")}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs that were never stopped, each by one process, and the two chains."""
+    """Runs that were never stopped, each by one process, and the chains."""
     folder = tmp_path_factory.mktemp("chained")
     # SGD without clipping: that, and Adam's first steps, would hide a wrong scale of the gradient.
     training: dict[str, Any] = {"batch_size": 4, "microbatch_size": 1, "max_steps": 4, "learning_rate": 0.05}
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Eleven held-out rows, which neither four nor two processes share evenly.
     data = {kind: {"sources": [f"tiny_data.py:{name}"], "held_out": 0.3} for kind, name in sources.items()}
     reward = training | {"calibration_prompts": 9}
-    loaded = tiny_config(folder, data=data, sft=training, reward=reward, ppo=rounds)
+    loaded = tiny_config(folder, BASE, data=data, sft=training, reward=reward, ppo=rounds)
     publish_reward(loaded, publish_sft(loaded))
     for chain in ("straight", *CHAINS):
         for stage, parents in PARENTS.items():
@@ -50,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_together(TESTS / "chained.py", folder, processes=processes)
     for stage in MODULES:
         go_on(folder, "down", stage)
+        go_on(folder, "shared", stage)
     return folder
 
 
@@ -67,7 +68,7 @@ def test_every_start_but_the_last_was_stopped(folder: Path) -> None:
     assert {path.name for path in folder.glob("stopped-*")} == wanted
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_the_adapter_is_that_of_one_process_that_was_never_stopped(folder: Path, chain: str, stage: str) -> None:
     """The tolerance is that of two processes and one: float32 sums in another order."""
@@ -78,20 +79,19 @@ def test_the_adapter_is_that_of_one_process_that_was_never_stopped(folder: Path,
     assert max(float(tensor.abs().max()) for name, tensor in wanted.items() if "lora_B" in name) > 1e-3
 
 
-@BOTH
+@EACH
 def test_policy_and_critic_are_those_of_one_process_that_was_never_stopped(folder: Path, chain: str) -> None:
     require_same_adapters(result(folder, "straight", "ppo"), result(folder, chain, "ppo"))
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("stage", list(MODULES))
 def test_the_figures_are_those_of_one_process_that_was_never_stopped(folder: Path, chain: str, stage: Any) -> None:
     """Each line of metrics, also one of steps that two starts made, but for times and what each process measures.
 
-    Nor is an epoch's share the same: several processes fill up its last batch (29 rows here). The rate is left out of a
-    line that two starts share.
+    The rate is left out of a line that two starts share.
     """
-    own = ("seconds", "tokens", "memory", "time", "padding", "sampler", "epoch")
+    own = ("seconds", "tokens", "memory", "time", "padding", "sampler")
     ours, wanted = (read_metrics(RunDirectory(folder / name / stage).metrics(stage)) for name in (chain, "straight"))
     assert [row["step"] for row in ours] == [row["step"] for row in wanted] == ([1, 2, 3] if stage == "ppo" else [2, 4])
     manifests = [read_manifest(result(folder, name, stage)).metrics for name in (chain, "straight")]

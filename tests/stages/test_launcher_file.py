@@ -22,7 +22,14 @@ from pipeline.run_directory import STAGES, StageName
 from pipeline.sharding import sharers
 from stages import launcher_file as module
 from stages.launch import ensure_stage
-from stages.launcher_file import ask_as_accelerate, launcher_settings, read_launcher_file, require_launchable, resolve
+from stages.launcher_file import (
+    ask_as_accelerate,
+    launcher_settings,
+    machine_rank_of,
+    read_launcher_file,
+    require_launchable,
+    resolve,
+)
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -446,6 +453,8 @@ def test_the_log_of_a_machine_has_the_rank_that_its_file_gives(tmp_path: Path, m
     loaded = tiny_config(
         tmp_path, "launch.accelerate_config=mine.yaml", "sft.microbatch_size=1", "reward.microbatch_size=1"
     )
+    assert machine_rank_of(loaded.config.launch) == 1
+    assert machine_rank_of(LaunchSettings(machines=4, machine_rank=3, main_address="n")) == 3
     with pytest.raises(StageFailedError):
         ensure_stage("sft", loaded, force=False, on_line=print, on_progress=print)
     assert [log.name for log in logs] == ["sft.machine1.log"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,27 @@ def policy(base: Base, *, scale: float = 0.1) -> Roles:
 
 def run(loaded: LoadedConfig) -> Manifest:
     return sft.run(loaded, RunDirectory.open(loaded))
+
+
+# -- the rows
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epochs_last_batch_has_gaps(tmp_path: Path, workers: int) -> None:
+    """Through TRL's collator and Accelerate's loader; seven rows in batches of four, two a microbatch."""
+    roles = policy(loaded_tiny_base(tmp_path))
+    rows = sft.tokenize(roles.base.chat, demonstrations()[:7])
+    options = arguments(tmp_path, microbatch_size=2, trl={"dataloader_num_workers": workers})
+    loader = sft.build_trainer(roles, options, rows, []).get_train_dataloader()
+    batches = list(loader)
+    assert [batch["examples"] for batch in batches] == [2, 2, 2, 1]
+    seen = [
+        tuple(ids_L[mask_L.bool()].tolist())
+        for batch in batches
+        for ids_L, mask_L in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert sorted(seen) == sorted(tuple(row.ids) for row in rows)
+    pickle.dumps(loader.collate_fn)  # for workers that are spawned
 
 
 # -- the loss
