@@ -575,7 +575,7 @@ TABLE = (
         "stages/whole_batches.py",
         "yield from numbers + [_GAP] * (self._length - len(numbers))",
         "yield from (numbers * self._length)[: self._length]",
-        (f"{TRL_PROCESSES}::test_two_processes_write_one_result_with_the_same_figures", WHOLE),
+        (WHOLE,),
     ),
     Mutation(
         "rows of an incomplete batch are left out unasked",
