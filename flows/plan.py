@@ -11,19 +11,21 @@ from pipeline.errors import ConfigError
 from pipeline.memory_advice import Verdict, judge, share_of_machine
 from pipeline.memory_plan import StagePlan, device_bytes, fits
 from pipeline.model_shape import ModelShape, shape_of
-from stages.launcher_file import read_launcher_file
+from stages.launcher_file import read_launcher_file, require_agreement
 
 
 def with_launcher_file(config: PipelineConfig) -> PipelineConfig:
     """The config with the processes and the sharing that its own Accelerate file asks for.
 
     Raises:
-        ConfigError: the file is none, or asks for a sharing that no stage knows.
+        ConfigError: the file is none, or asks for what no stage can do with this config.
     """
     path = config.launch.accelerate_config
     if path is None:
         return config
-    return config.model_copy(update={"launch": read_launcher_file(path).as_section(config.launch)})
+    launcher = read_launcher_file(path)
+    require_agreement(config, launcher)
+    return config.model_copy(update={"launch": launcher.as_section(config.launch)})
 
 
 def card_for(config: PipelineConfig, card: str | None, memory: str | None) -> Card:

@@ -37,8 +37,10 @@ CONTEXT_BYTES = 640 * 2**20
 """What CUDA, cuBLAS and bitsandbytes take of a card beside torch's tensors."""
 FRAGMENTATION = 0.05
 """Share of the tensors' memory that the caching allocator may hold without using it."""
-HEAP = 0.25
-"""The same of the C library's allocator on a CPU: up to 0.25 measured (docs/memory.md)."""
+HEAP: Mapping[StageName, float] = {"sft": 0.44, "reward": 0.44, "ppo": 0.29, "evaluate": 0.44}
+"""The same of the C library's allocator on a CPU, measured (docs/memory.md): PPO gives back what a phase has freed."""
+QUANTIZED_IS_KEPT_FROM = 50_000_000
+"""Parameters of a base; as in `pipeline.quantized_cache`, likewise."""
 LIBRARIES_BYTES = 530 * 10**6
 """What a stage's process takes of main memory before it has loaded anything: torch, transformers, TRL."""
 
@@ -302,12 +304,15 @@ class _Reckoning:
         """Bytes of a process's share of them."""
         return self.layers // (self.device.processes if self.device.sharding == "fsdp" else 1)
 
-    def static(self, adapters: int, trainable: int, optimizer: str, *, gradients: int) -> dict[str, int]:
+    def static(
+        self, stage: StageName, adapters: int, trainable: int, optimizer: str, *, gradients: int
+    ) -> dict[str, int]:
         """Base, adapters, gradients and optimizer.
 
         Under FSDP each process holds 1/N of the weights of the layers, and all of the rest: see `pipeline.sharding`.
 
         Args:
+            stage: for what of the weights' file it maps.
             adapters: how many there are; each is in float32.
             trainable: parameters that learn.
             gradients: how many copies of the gradients are alive at once.
@@ -322,23 +327,29 @@ class _Reckoning:
             "gradients": 4 * copies * trainable,
             "optimizer": optimizer_bytes(trainable, optimizer),
             "FSDP buffers": self.fsdp_buffers(),
-            "mapped file": self.mapped_file(),
+            "mapped file": self.mapped_file(stage),
         }
         return {name: size for name, size in parts.items() if size}
 
-    def mapped_file(self) -> int:
+    def finds_quantized(self, stage: StageName) -> bool:
+        """Whether a stage reads weights that an earlier one has kept as they were quantized; see `quantized_cache`."""
+        base = self.config.base
+        keeps = not self.device.is_gpu and base.quantization == "nf4" and not base.trust_remote_code
+        return keeps and self.shape.parameters >= QUANTIZED_IS_KEPT_FROM and stage != "sft"
+
+    def mapped_file(self, stage: StageName) -> int:
         """On a CPU: the pages of the weights' file that stay in memory, with all that was read of it.
 
         Weights that need no conversion are the file's own pages, and hold its mapping; these are not counted twice.
         """
-        if self.device.is_gpu or self.shape.file_bytes_per_parameter != self.b:
+        if self.device.is_gpu or self.shape.file_bytes_per_parameter != self.b or self.finds_quantized(stage):
             return 0
         shape = self.shape
         own = shape.embedding_parameters + shape.other_parameters
         own += shape.linear_parameters if self.quantization == "none" else 0
         return self.b * (shape.parameters - own)
 
-    def loading(self) -> Moment:
+    def loading(self, stage: StageName) -> Moment:
         """Reading the weights.
 
         On a CPU the whole file is mapped. On a GPU one matrix comes before it is quantized; under FSDP the whole
@@ -346,7 +357,8 @@ class _Reckoning:
         """
         shape, device = self.shape, self.device
         if not device.is_gpu:
-            whole = 0 if self.mapped_file() else shape.file_bytes_per_parameter * shape.parameters
+            counted = self.mapped_file(stage) or self.finds_quantized(stage)
+            whole = 0 if counted else shape.file_bytes_per_parameter * shape.parameters
             return Moment("loading", {"mapped file": whole}, only_base=True)
         parts = {"a weight before it is quantized": self.largest_matrix()}
         if device.sharding == "fsdp":
@@ -486,7 +498,7 @@ class _Reckoning:
         # What has been accumulated waits beside the gradients of the next microbatch.
         gradients = 1 if steps == 1 else 2
         rows, length = settings.microbatch_size, settings.max_length
-        moments = [self.loading(), self.step(trainable)]
+        moments = [self.loading(stage), self.step(trainable)]
         if stage == "sft":
             # Packed rows come in sequences of max_length as well, so many at once.
             logits = rows * length
@@ -519,7 +531,7 @@ class _Reckoning:
         adapters = 1 if stage == "sft" else 2
         return StagePlan(
             stage,
-            self.static(adapters, trainable, optimizer, gradients=gradients),
+            self.static(stage, adapters, trainable, optimizer, gradients=gradients),
             tuple(moments),
             self.host,
         )
@@ -537,7 +549,7 @@ class _Reckoning:
         scored = min(mine, fitting)
         trained = min(max(1, ppo.minibatch_size // self.device.processes), fitting)
         moments = (
-            self.loading(),
+            self.loading("ppo"),
             *self.sampling("sampling", min(ppo.rollout.batch_size, mine), prompt, new),
             self.inference("scoring", scored, length, logits=scored * new),
             self.training(
@@ -551,7 +563,7 @@ class _Reckoning:
         )
         return StagePlan(
             "ppo",
-            self.static(adapters, trainable, ppo.optimizer, gradients=1),
+            self.static("ppo", adapters, trainable, ppo.optimizer, gradients=1),
             moments,
             self.host,
         )
@@ -563,12 +575,12 @@ class _Reckoning:
         batch = min(config.evaluate.batch_size, -(-config.evaluate.prompts // self.device.processes))
         scored = min(batch, max(1, config.ppo.microbatch_tokens // (prompt + new)))
         moments = (
-            self.loading(),
+            self.loading("evaluate"),
             *self.sampling("sampling", batch, prompt, new),
             self.inference("scoring", scored, prompt + new, logits=scored * new),
         )
         adapters = 2 + config.trains_reward_model
-        return StagePlan("evaluate", self.static(adapters, 0, "", gradients=0), moments, self.host)
+        return StagePlan("evaluate", self.static("evaluate", adapters, 0, "", gradients=0), moments, self.host)
 
 
 def plan_stages(config: PipelineConfig, shape: ModelShape, device: Device) -> dict[StageName, StagePlan]:
@@ -596,7 +608,8 @@ def compute_bytes(dtype: str, *, bfloat16: bool, is_gpu: bool) -> int:
 def device_bytes(plan: StagePlan, *, is_gpu: bool = True) -> int:
     """What a stage needs of its device: tensors, what the allocator may waste, and CUDA's or the libraries' share."""
     if not is_gpu:
-        return int(plan.tensor_bytes * (1 + HEAP)) + LIBRARIES_BYTES
+        mapped = plan.parts.get("mapped file", 0)  # by the kernel, which wastes nothing
+        return int((plan.tensor_bytes - mapped) * (1 + HEAP[plan.stage])) + mapped + LIBRARIES_BYTES
     return int(plan.tensor_bytes * (1 + FRAGMENTATION)) + CONTEXT_BYTES
 
 

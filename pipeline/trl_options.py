@@ -35,6 +35,7 @@ _INSTEAD: Mapping[str, str] = {
     "activation_checkpointing_kwargs": "set gradient_checkpointing_kwargs",
     "assistant_only_loss": _BY_CHAT_FORMAT,
     "auto_find_batch_size": "set {stage}.microbatch_size",
+    "average_tokens_across_devices": "a token counts the same in whatever process",
     "bf16": "set base.dtype",
     "bf16_full_eval": "set base.dtype",
     "chat_template_path": "set base.chat_template",
@@ -267,6 +268,8 @@ def _conflicts(stage: TrainerStage, settings: TrainerSettings, name: str, value:
             yield f"{key} is '{value}', which trivet has itself; set {stage}.lr_schedule={value}"
         elif "lr_schedule" in settings.model_fields_set:
             yield f"{key} and {stage}.lr_schedule are both set; keep one of them"
+    elif name == "train_sampling_strategy" and value != "random" and stage == "reward":
+        yield f"{key} is '{value}', for which a row has one length, not two; pairs come at random"
     elif name == "packing_strategy" and value == "wrapped":
         yield f"{key} is 'wrapped', which cuts rows in two and lets rows see each other; use 'bfd'"
     elif name == "gradient_checkpointing_kwargs":

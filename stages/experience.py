@@ -166,6 +166,18 @@ def ratio_tolerance(ppo: PPOSettings, arithmetic: str) -> float:
     return ppo.ratio_tolerance or (0.05 if coarse else 1e-4)
 
 
+def most_reused_gap(ppo: PPOSettings, arithmetic: str, responses: Sequence[Response]) -> float | None:
+    """How far the sampler's log-probabilities may be from the trainer's to serve as the old ones: mean, nats a token.
+
+    None where they do not serve at all: it is switched off, or the engine has not read the values that come with them.
+    """
+    has_all = ppo.critic == "adapter" or all(response.values for response in responses)
+    if not (ppo.rollout.reuse_logprobs and has_all):
+        return None
+    # Half of what the first step's ratio may be off by: it is another part of the round that is measured there.
+    return min(ppo.rollout.max_logprob_gap, ratio_tolerance(ppo, arithmetic) / 2)
+
+
 def reward_model_scores(
     roles: Roles, calibration: Calibration, budgets: Budgets
 ) -> Callable[[Sequence[Sequence[int]]], Tensor]:
@@ -394,11 +406,9 @@ def _policy_opinions(
         checked_B[list(numbers)] = True
         return float(torch.cat(gaps).mean())
 
-    has_all = ppo.critic == "adapter" or all(response.values for response in sampled.responses)
-    few = -(-count // _CHECKED_ONE_IN) if ppo.rollout.reuse_logprobs and has_all else 0
-    # Half of what the first step's ratio may be off by: it is another part of the round that is measured there.
-    most = min(ppo.rollout.max_logprob_gap, ratio_tolerance(ppo, roles.base.identity.quantization) / 2)
-    if few and world.maximum(compute(range(few))) <= most:
+    most = most_reused_gap(ppo, roles.base.identity.quantization, sampled.responses)
+    few = -(-count // _CHECKED_ONE_IN) if most is not None else 0
+    if most is not None and world.maximum(compute(range(few))) <= most:
         return logprobs, values, checked_B
     if few < count:
         compute(range(few, count))

@@ -20,11 +20,13 @@ from pipeline.records import Prompt
 from pipeline.roles import Role, Roles
 from pipeline.run_directory import RunDirectory, StageName
 from pipeline.scoring import Episode, batch_episodes, score_logprobs, score_rewards
-from stages.experience import Budgets, ratio_tolerance, sampling_settings
+from stages.experience import Budgets, most_reused_gap, ratio_tolerance, sampling_settings
 from stages.inputs import parents_of
 
 _PROMPTS = 4
 _NEW_TOKENS = 16
+_HEAD_TOKENS = 16
+"""Of one sequence, whose logits are compared for the whole vocabulary."""
 _REWARD_TOLERANCE = 1e-3
 """Of a raw score, relative to 1 + its size: another device or torch may round otherwise, another model differs more."""
 
@@ -45,7 +47,8 @@ def check_startup(
         budgets: how much to do at once.
 
     Returns:
-        what was measured: `kl` (nats, largest of any token), `logits_gap`, `sampler_gap` (mean, nats).
+        what was measured: `kl` (nats, largest of any token), `logits_gap`, `sampler_gap` (mean, nats), and
+        `sampler_serves`, 1 where the sampler's log-probabilities can be the old ones and else 0.
 
     Raises:
         StartupGateError: naming the gate, what it measured, and what that means.
@@ -59,7 +62,9 @@ def check_startup(
     responses = budgets.fit_responses(
         sampling,
         len(prompt_ids),
-        lambda fitting: generate(roles, "policy", prompt_ids, fitting, seed=(seed, "gates")),
+        lambda fitting: generate(
+            roles, "policy", prompt_ids, fitting, seed=(seed, "gates"), with_values=ppo.critic == "head"
+        ),
     )
     episodes = [Episode(ids, response.ids) for ids, response in zip(prompt_ids, responses, strict=True)]
 
@@ -83,6 +88,8 @@ def check_startup(
             )
     sampled_N = torch.tensor([value for response in responses for value in response.logprobs])
     measured["sampler_gap"] = float((policy_N.cpu() - sampled_N).abs().mean())
+    most = most_reused_gap(ppo, roles.base.identity.quantization, responses)
+    measured["sampler_serves"] = float(most is not None and measured["sampler_gap"] <= most)
     return measured
 
 
@@ -109,8 +116,9 @@ def _check_trainable(roles: Roles) -> None:
 
 
 def _check_logits(roles: Roles, episodes: Sequence[Episode]) -> float:
-    """The output head as PPO applies it to hidden states gives the model's own logits."""
-    batch = batch_episodes(episodes[:1], roles.device)
+    """The output head as PPO applies it to hidden states gives the model's own logits, of a few tokens."""
+    ids = episodes[0].ids[:_HEAD_TOKENS]
+    batch = batch_episodes([Episode(ids[:-1], ids[-1:])], roles.device)
     roles.inference_mode()
     with torch.no_grad(), roles.active("policy"):
         ours = roles.logits(roles.hidden_states(batch.ids_BL, batch.mask_BL)).float()

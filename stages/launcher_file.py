@@ -383,7 +383,7 @@ def require_launchable(config: PipelineConfig) -> Launcher:
             machine_rank=launch.machine_rank,
         )
     _require_gpus(launcher)
-    _require_agreement(config, launcher)
+    require_agreement(config, launcher)
     if launcher.kind == "fsdp":
         _require_whole_for_paging(config, launcher)
     return launcher
@@ -416,8 +416,12 @@ def _require_gpus(launcher: Launcher) -> None:
         )
 
 
-def _require_agreement(config: PipelineConfig, launcher: Launcher) -> None:
-    """The section's own settings are checked with the config; what a file or `auto` comes to is known only here."""
+def require_agreement(config: PipelineConfig, launcher: Launcher) -> None:
+    """Refuse settings that do not go with how processes start: what a file or `auto` comes to is known only here.
+
+    Raises:
+        ConfigError: batches that the processes cannot share, or weights that cannot be shared out.
+    """
     as_section = launcher.as_section(LaunchSettings()).model_copy(update={"main_address": "machine-0"})
     other = config.model_copy(update={"launch": as_section})
     known = set(config.contradictions())

@@ -133,8 +133,9 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
     measured |= check_startup(
         roles, split.train, ppo, seed=config.seed, policy_is_reference=promoted is None, budgets=budgets
     )
+    reused = bool(measured.pop("sampler_serves"))
     say("Gates passed: " + ", ".join(f"{name} {value:.3g}" for name, value in measured.items()) + ".")
-    say(paths_taken(roles, ppo, measured["sampler_gap"]))
+    say(paths_taken(roles, ppo, reused=reused))
     position = checkpoints.restore(state, rounds.exists)
     if position != Position():
         say(f"Resuming after {position} of {ppo.iterations} iterations.")
@@ -316,16 +317,15 @@ def require_enough_prompts(held_out: Sequence[Prompt], ppo: PPOSettings, world: 
         )
 
 
-def paths_taken(roles: Roles, ppo: PPOSettings, sampler_gap: float) -> str:
+def paths_taken(roles: Roles, ppo: PPOSettings, *, reused: bool) -> str:
     """How the rounds are computed, as a sentence.
 
     Args:
-        sampler_gap: how far the sampler's log-probabilities were from the trainer's at the start, in nats a token.
+        reused: whether the sampler's log-probabilities could be the old ones at the start; each round looks anew.
     """
     engine = chosen_engine(roles, ppo.rollout.engine)
     merged = engine != "vllm" and roles.merges(ppo.rollout.weights)
     weights = f"a merged copy of {megabytes(roles.merged_bytes)}" if merged else "the adapter"
-    reused = ppo.rollout.reuse_logprobs and sampler_gap <= ppo.rollout.max_logprob_gap
     old = "the sampler's" if reused else "from a pass of the policy"
     values = "the value adapter's pass" if ppo.critic == "adapter" else "wherever those come from"
     passes = "packed" if roles.packs else "padded to like lengths"

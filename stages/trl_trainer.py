@@ -119,15 +119,20 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """Where the base is shared out, the wrapper of data parallelism that sees the adapters alone.
+        """The wrapper of data parallelism; where the base is shared out, one that sees the adapters alone.
 
-        Accelerate would refuse to put it around a base in shares.
+        Accelerate would refuse to put it around a base in shares. Nor are buffers sent around, which are constants: a
+        process without a row of its own makes no pass in which it could take part.
         """
-        if self.shards is None or not training or isinstance(model, DistributedDataParallel):
+        if self.world.size == 1 or not training or isinstance(model, DistributedDataParallel):
             return cast(nn.Module, super()._wrap_model(model, training, dataloader))
-        stand_still = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        cast(Any, model)._ddp_params_and_buffers_to_ignore = stand_still + [name for name, _ in model.named_buffers()]
-        return DistributedDataParallel(model)
+        ignored = [name for name, _ in model.named_buffers()]
+        if self.shards is not None:
+            ignored += [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        cast(Any, model)._ddp_params_and_buffers_to_ignore = ignored
+        if self.shards is not None:
+            return DistributedDataParallel(model)
+        return cast(nn.Module, super()._wrap_model(model, training, dataloader))
 
     def training_step(self, model: nn.Module, inputs: Microbatch, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a microbatch, in parts where it does not fit; checks the step's last one.
@@ -153,7 +158,6 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         accumulated = self.current_gradient_accumulation_steps
         # Where a loss is a mean over the microbatch, each row of the step is to count the same.
         weight = examples * accumulated * self.world.size / self._step_examples if examples else 1.0
-        self._counts = bool(examples)
         training_step: Any = super().training_step
 
         def attempt(rows: int) -> Tensor:
@@ -171,6 +175,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         if examples or self.shards is not None:  # a base in shares takes all processes, whatever they have to do
             with ExitStack() as stack:
                 stack.callback(setattr, self, "current_gradient_accumulation_steps", accumulated)
+                stack.callback(setattr, self, "_counts", True)
+                self._counts = bool(examples)
                 if replicated:
                     stack.enter_context(cast(DistributedDataParallel, model).no_sync())
                     stack.enter_context(_without_gathering(self.accelerator))
@@ -183,6 +189,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         else:
+            model.train()  # by which figures of the training are told from those of an evaluation
             loss = torch.zeros((), device=self.args.device)
         if not examples:
             self._restore_figures(figures)

@@ -29,7 +29,8 @@ class WholeBatches(Sampler[int]):
     """The rows' numbers in another sampler's order, then gaps up to a whole batch.
 
     Args:
-        order: numbers each row once an epoch. A random one is drawn from seed and epoch, the same in every process.
+        order: numbers each row once an epoch. What is random of it is drawn from seed and epoch, the same in every
+            process, and again after a resume.
         batch_size: rows of a step, of all processes together.
         seed: of the random order; None takes what torch was seeded with.
         drop_last: leave out the rows of an incomplete batch instead.
@@ -42,7 +43,7 @@ class WholeBatches(Sampler[int]):
         if isinstance(order, RandomSampler):
             order = SeedableRandomSampler(order.data_source, data_seed=seed)
         elif isinstance(order, LengthGroupedSampler):
-            order.batch_size = batch_size  # transformers knows of this process's part alone
+            order = _ByLength(order, batch_size, torch.initial_seed() if seed is None else seed)
         self._order = order
         rows = len(order)  # type: ignore[arg-type]
         batches = rows // batch_size if drop_last else -(-rows // batch_size)
@@ -64,6 +65,25 @@ class WholeBatches(Sampler[int]):
         """Choose the epoch whose order comes next, where the order depends on it."""
         if hasattr(self._order, "set_epoch"):
             self._order.set_epoch(epoch)
+
+
+class _ByLength(Sampler[int]):
+    """transformers' order by length, for the batch of all processes, drawn from seed and epoch."""
+
+    def __init__(self, order: LengthGroupedSampler, batch_size: int, seed: int) -> None:
+        self._order, self._seed, self._epoch = order, seed, 0
+        order.batch_size = batch_size  # it knows of this process's part alone
+        order.generator = torch.Generator()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[int]:
+        self._order.generator.manual_seed(self._seed + self._epoch)
+        return iter(self._order)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
 
 
 class RowsWithGaps(Dataset[Row | None]):
@@ -106,7 +126,7 @@ def with_targets_of_rows(microbatches: Sequence[Row]) -> list[Row]:
     """The microbatches as they count for a loss over tokens: all labels ignored where there are only gaps."""
     counted = []
     for microbatch in microbatches:
-        if not microbatch[EXAMPLES] and "labels" in microbatch:
+        if microbatch.get(EXAMPLES) == 0 and "labels" in microbatch:
             microbatch = microbatch | {"labels": torch.full_like(microbatch["labels"], IGNORED)}
         counted.append(microbatch)
     return counted

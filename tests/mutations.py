@@ -587,16 +587,30 @@ TABLE = (
     Mutation(
         "rows of like length meet in a process's part of a batch",
         "stages/whole_batches.py",
-        "            order.batch_size = batch_size  # transformers",
-        "            pass  # transformers",
+        "        order.batch_size = batch_size  # it knows",
+        "        pass  # it knows",
         (WHOLE,),
     ),
     Mutation(
         "the targets of a row in a gap's place are counted",
         "stages/whole_batches.py",
-        'if not microbatch[EXAMPLES] and "labels" in microbatch:',
+        'if microbatch.get(EXAMPLES) == 0 and "labels" in microbatch:',
         "if False:",
         (f"{WHOLE}::test_only_targets_of_rows_are_counted",),
+    ),
+    Mutation(
+        "an order by length is another one after a resume",
+        "stages/whole_batches.py",
+        "        self._order.generator.manual_seed(self._seed + self._epoch)\n",
+        "",
+        (f"{WHOLE}::test_an_order_by_length_comes_again_for_its_epoch_whatever_else_was_drawn",),
+    ),
+    Mutation(
+        "held-out rows count no more than the gaps before them",
+        "stages/trl_trainer.py",
+        '                stack.callback(setattr, self, "_counts", True)\n',
+        "",
+        (f"{SFT}::test_an_evaluation_by_trl_after_an_epochs_last_batch_is_of_the_held_out_rows",),
     ),
     Mutation(
         "pairs of a smaller microbatch count for more",

@@ -22,6 +22,8 @@ from stages import interruption, reward, sft
 from stages.interruption import Interrupted
 from stages.trl_trainer import StageTrainer
 
+FEW = ("data.instructions.fraction=0.06", "data.preferences.fraction=0.06", "sft.max_steps=2", "reward.max_steps=2")
+"""One row of 29: whole epochs have none for the second process."""
 DROPOUT = ("lora.dropout=0.1", "deterministic=true")
 
 
@@ -97,6 +99,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for stage in (sft, reward):
         run(folder, "two", stage)
+    for stage in (sft, reward):
+        run(folder, "few-two", stage, *FEW)
     run(folder, "straight", sft, *DROPOUT)
     stopped(folder)
     out_of_memory(folder)

@@ -121,6 +121,20 @@ def test_an_own_launcher_file_decides() -> None:
     assert offloaded["stages"]["sft"]["host_bytes"] > 0
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("base.quantization=int8", "which shards no integers"),
+        ("sft.batch_size=12", "which is not a multiple of"),
+    ],
+)
+def test_what_does_not_go_with_an_own_launcher_file_is_refused(override: str, words: str) -> None:
+    path = ROOT / "configs/accelerate/deepspeed_zero3.yaml"
+    even = ["sft.microbatch_size=1", "reward.microbatch_size=1"]
+    result = trivet("plan", ROOT / "configs/one_gpu_8b.yaml", *even, f"launch.accelerate_config={path}", override)
+    assert result.exit_code == 2 and words in " ".join(result.stderr.split())
+
+
 def test_what_an_own_launcher_file_decides_is_not_proposed() -> None:
     even = [f"{stage}.batch_size=16" for stage in ("sft", "reward")] + ["launch.card=44GB"]
     config, file = ROOT / "configs/one_gpu_70b.yaml", ROOT / "configs/accelerate/ddp.yaml"

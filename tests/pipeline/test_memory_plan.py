@@ -14,6 +14,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import pipeline.merged_model
+import pipeline.quantized_cache
 import pipeline.scoring
 import pipeline.sharding
 from pipeline.base_model import _quantization_constants, load_base
@@ -24,8 +25,11 @@ from pipeline.memory_plan import (
     CONTEXT_BYTES,
     FRAGMENTATION,
     GATHERED_SHARE,
+    HEAP,
+    LIBRARIES_BYTES,
     LOGIT_CHUNK_TOKENS,
     MERGED_SHARE,
+    QUANTIZED_IS_KEPT_FROM,
     Device,
     StagePlan,
     constant_bytes,
@@ -182,6 +186,7 @@ def test_constants_are_the_stages_own() -> None:
     assert pipeline.merged_model.SHARE_OF_MEMORY == MERGED_SHARE
     assert pipeline.sharding.SHARE_OF_MEMORY == GATHERED_SHARE
     assert pipeline.scoring.LOGIT_CHUNK_TOKENS == LOGIT_CHUNK_TOKENS
+    assert pipeline.quantized_cache.WORTH_PARAMETERS == QUANTIZED_IS_KEPT_FROM
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -308,6 +313,26 @@ def test_a_cache_grows_with_answers_and_tokens() -> None:
     shape = PUBLIC_SHAPES["meta-llama/Llama-3.1-8B"]
     # 32 layers x keys and values x 8 heads x 128 numbers x 2 bytes, and one layer's keys more.
     assert kv_cache_bytes(shape, 1, 1, 2) == 32 * 2 * 8 * 128 * 2 + 8 * 128 * 2
+
+
+def test_on_a_cpu_the_first_stage_alone_maps_the_file_that_it_quantizes() -> None:
+    """The others read what it has kept; of weights that are not quantized there is no such copy."""
+    on_cpu: dict[str, Any] = {"is_gpu": False}
+    found = plans(config(), **on_cpu)
+    layers = PUBLIC_SHAPES["meta-llama/Llama-3.1-8B"].linear_parameters
+    assert found["sft"].static["mapped file"] == 2 * layers
+    assert not any("mapped file" in found[stage].static for stage in ("reward", "ppo", "evaluate"))
+    whole = sum(found["ppo"].at(found["ppo"].loading_moment).values())
+    assert whole == sum(found["ppo"].static[part] for part in found["ppo"].at(found["ppo"].loading_moment))
+    for plan in plans(config(base={"model": "b", "quantization": "none"}), **on_cpu).values():
+        assert "mapped file" not in plan.static and plan.static["weights"] == 2 * layers
+
+
+def test_a_mapped_file_wastes_nothing() -> None:
+    plan = plans(config(), is_gpu=False)["sft"]
+    mapped = plan.parts["mapped file"]
+    needed = device_bytes(plan, is_gpu=False)
+    assert needed == int((plan.tensor_bytes - mapped) * (1 + HEAP["sft"])) + mapped + LIBRARIES_BYTES
 
 
 def test_a_card_must_hold_the_context_and_what_the_allocator_wastes() -> None:

@@ -164,6 +164,13 @@ def test_wrong_values_are_refused(option: str, value: object) -> None:
     assert f"sft.trl.{option}" in message and repr(value) in message
 
 
+def test_pairs_have_no_length_to_be_ordered_by() -> None:
+    refused_here = refused(reward={"trl": {"train_sampling_strategy": "group_by_length"}})
+    assert "reward.trl.train_sampling_strategy is 'group_by_length', for which a row has one length" in refused_here
+    check_trl_options(config(sft={"trl": {"train_sampling_strategy": "group_by_length"}}))
+    check_trl_options(config(reward={"trl": {"train_sampling_strategy": "random"}}))
+
+
 def test_no_knob_stands_in_two_places() -> None:
     assert "both set" in refused(sft={"lr_schedule": "linear", "trl": {"lr_scheduler_type": "polynomial"}})
     checkpointing = {"gradient_checkpointing": False, "trl": {"gradient_checkpointing_kwargs": {"debug": True}}}

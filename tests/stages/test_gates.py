@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from transformers import masking_utils
 from pipeline.artifacts import read_manifest
 from pipeline.base_model import load_base
 from pipeline.errors import StartupGateError
+from pipeline.generation import Response
 from pipeline.roles import Roles
+from stages import gates
 from stages.gates import check_reward_round_trip, check_startup
 
 
@@ -31,6 +34,44 @@ def test_a_sound_start_passes_with_a_kl_of_exactly_0(tmp_path, quantization, cri
     assert measured["kl"] == 0.0
     assert measured["logits_gap"] <= 1e-6
     assert measured["sampler_gap"] < (1e-5 if quantization != "int8" else 0.1)
+
+
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_the_samplers_figures_serve_where_a_round_would_take_them(tmp_path, monkeypatch, critic):
+    """In float32 a gap of 0.001 is too much for a round, though `max_logprob_gap` is 0.005; a head wants values too."""
+    found = tiny_round(loaded_tiny_base(tmp_path), critic=critic)
+    assert check(found)["sampler_serves"] == 1.0
+    own = gates.generate
+
+    def off(*arguments: Any, **options: Any) -> Any:
+        return [
+            replace(response, logprobs=tuple(value - 1e-3 for value in response.logprobs))
+            for response in own(*arguments, **options)
+        ]
+
+    def without_values(*arguments: Any, **options: Any) -> Any:
+        return [replace(response, values=()) for response in own(*arguments, **options)]
+
+    monkeypatch.setattr(gates, "generate", off)
+    assert check(found)["sampler_serves"] == 0.0
+    monkeypatch.setattr(gates, "generate", without_values)
+    assert check(found)["sampler_serves"] == (1.0 if critic == "adapter" else 0.0)
+
+
+def test_the_logits_of_a_few_tokens_are_compared(tmp_path, monkeypatch):
+    found = tiny_round(loaded_tiny_base(tmp_path))
+    own, tokens = found.roles.logits, []
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        tokens.append(hidden.shape[:-1].numel())
+        return own(hidden)
+
+    monkeypatch.setattr(gates, "score_logprobs", lambda roles, role, episodes, **_: [torch.zeros(1)] * len(episodes))
+    monkeypatch.setattr(gates, "generate", lambda *_, **__: [Response((7,) * 16, (0.0,) * 16, False)] * 4)
+    found.roles.logits = logits  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="size"):  # of what was sampled, which is made up here
+        check(found)
+    assert tokens == [16] and len(found.roles.base.chat.prompt_ids(prompts(1)[0].prompt)) > 0
 
 
 def test_packed_sequences_that_see_each_other_are_refused(tmp_path, monkeypatch):

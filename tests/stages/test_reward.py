@@ -164,6 +164,17 @@ def test_with_too_little_memory_the_held_out_pairs_score_the_same(
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
+def test_trl_evaluates_the_held_out_pairs(tmp_path: Path) -> None:
+    settings = {"max_steps": 3, "batch_size": 4, "microbatch_size": 2, "max_length": 64, "calibration_prompts": 8}
+    loaded = pairs_config(tmp_path, reward=settings | {"trl": {"eval_strategy": "steps", "eval_steps": 3}})
+    run_sft(loaded)
+    metrics = run(loaded).metrics
+    rows = read_metrics(RunDirectory(loaded.config.run_dir).metrics("reward"))
+    evaluated = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evaluated] == [3]
+    assert evaluated[0]["eval_loss"] == pytest.approx(metrics["held_out_loss"], rel=1e-2)
+
+
 def loaded_roles(loaded: LoadedConfig) -> Roles:
     roles = Roles(load_base(loaded.config.base, "cpu"))
     roles.add_from("reference", RunDirectory(loaded.config.run_dir).stage("sft"))

@@ -425,6 +425,19 @@ def test_the_best_checkpoint_is_the_result_where_trl_is_asked_for_it(tmp_path: P
     assert metrics["held_out_loss_after"] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_an_evaluation_by_trl_after_an_epochs_last_batch_is_of_the_held_out_rows(tmp_path: Path) -> None:
+    """29 rows in batches of four: the microbatch before the evaluation has no row of its own."""
+    settings = {"max_steps": None, "epochs": 1, "batch_size": 4, "microbatch_size": 1, "max_length": 128}
+    trl = {"trl": {"eval_strategy": "epoch"}}
+    loaded = tiny_config(tmp_path, "data.instructions.held_out=0.3", sft=settings | trl)
+    metrics = run(loaded).metrics
+    assert metrics["rows"] == 29 and metrics["steps"] == 8
+    rows = read_metrics(RunDirectory(loaded.config.run_dir).metrics("sft"))
+    assert [row["eval_loss"] for row in rows if "eval_loss" in row] == [
+        pytest.approx(metrics["held_out_loss_after"], rel=1e-4)
+    ]
+
+
 def test_what_a_trainer_says_of_its_options_names_them(tmp_path: Path) -> None:
     with_options = tiny_config(tmp_path, sft={"trl": {"activation_offloading": True}})
     said = r"sft\.trl: the trainer does not take these options here: AttributeError: x"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_config
 from torch import Tensor
 from torch.testing import assert_close
+from two_trainings import FEW
 
 from pipeline.artifacts import read_manifest
 from pipeline.config_file import LoadedConfig
@@ -37,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = config(folder, f"run_dir={folder / 'one'}")
     for stage in (sft, reward):
         stage.run(one, RunDirectory.open(one))
+        stage.run(few := config(folder, f"run_dir={folder / 'few-one'}", *FEW), RunDirectory.open(few))
     run_together(TESTS / "two_trainings.py", folder)
     return folder
 
@@ -57,6 +59,14 @@ def test_two_processes_train_the_adapter_that_one_trains(runs: tuple[RunDirector
     one, two = (adapter(run, stage) for run in runs)
     assert_close(two, one, rtol=1e-4, atol=1e-6)
     assert max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name) > 1e-3
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_process_that_never_has_a_row_takes_no_part(folder: Path, stage: Any) -> None:
+    one, two = (RunDirectory(folder / f"few-{name}") for name in ("one", "two"))
+    assert read_manifest(one.stage(stage)).metrics["rows" if stage == "sft" else "pairs"] == 1
+    assert_close(adapter(two, stage), adapter(one, stage), rtol=1e-4, atol=1e-6)
+    assert figures(two, stage) == [pytest.approx(row, rel=1e-4, abs=1e-5) for row in figures(one, stage)]
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])

@@ -112,6 +112,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # Of matrices of 4096 numbers on, the optimizer keeps bytes.
     "8 bits": ("sft", {"optimizer": "adamw_8bit", "rank": 64}),
+    # The second epoch's order is drawn anew.
+    "by length": ("sft", {"trl": {"train_sampling_strategy": "group_by_length"}}),
     "reward": ("reward", {}),
 }
 

@@ -75,6 +75,17 @@ def test_rows_of_like_length_meet_in_the_batch_of_all_processes() -> None:
     assert sum(spread) / len(spread) < 5
 
 
+def test_an_order_by_length_comes_again_for_its_epoch_whatever_else_was_drawn() -> None:
+    def order(epoch: int) -> list[int]:
+        torch.rand(epoch + 3)
+        grouped = LengthGroupedSampler(1, lengths=[(7 * number) % 50 for number in range(100)])
+        sampler = WholeBatches(grouped, 8, seed=5, drop_last=False)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(1) == order(1) != order(2)
+
+
 def test_a_microbatch_is_smaller_by_its_gaps() -> None:
     rows = Dataset.from_dict({"value": [10, 11, 12]})
     collate = CollatorOfGaps(lambda taken: {"values": [row["value"] for row in taken]}, rows)
@@ -90,4 +101,5 @@ def test_only_targets_of_rows_are_counted() -> None:
     full, empty = {"labels": labels, EXAMPLES: 1}, {"labels": labels, EXAMPLES: 0}
     counted = with_targets_of_rows([full, empty, {EXAMPLES: 0}])
     assert torch.equal(counted[0]["labels"], labels) and set(counted[1]["labels"].flatten().tolist()) == {IGNORED}
+    assert torch.equal(with_targets_of_rows([{"labels": labels}])[0]["labels"], labels)  # of an evaluation
     assert counted[2] == {EXAMPLES: 0} and torch.equal(empty["labels"], labels)
