@@ -71,7 +71,7 @@ def main() -> None:
     if arguments.peers:
         found["peers"] = beside(measure(*PEERS), result)
     text = json.dumps(result | found, indent=2)
-    target = FOLDER / "results" / "latest.json"
+    target = FOLDER / "results" / ("latest.json" if chosen == list(PARTS) else "part.json")
     target.parent.mkdir(exist_ok=True)
     target.write_text(text + "\n")
     print(text)

@@ -116,9 +116,13 @@ def figures(stage: StageName, loaded: LoadedConfig, planned: int, measured: int)
     rows = read_metrics(run.metrics(stage))
     if stage == "ppo":
         last = rows[-1]
-        phases = {name: value for name, value in last.items() if name.startswith("seconds/")}
-        found |= {name: round(float(value or 0), 2) for name, value in phases.items()}
-        found["tokens_per_second"] = round(float(last["tokens/per_second"] or 0))
+        phases = {name: float(value or 0) for name, value in last.items() if name.startswith("seconds/")}
+        found |= {name: round(value, 2) for name, value in phases.items()}
+        # Of prompts and responses, so that the phases' figures can be compared.
+        tokens = float(last["tokens/per_second"] or 0) * phases["seconds/total"]
+        found["tokens_per_second"] = {
+            name.removeprefix("seconds/"): round(tokens / value) for name, value in phases.items() if value
+        }
     else:
         found["tokens_per_second"] = round(max((row.get("tokens_per_second") or 0.0) for row in rows))
     return found

@@ -196,8 +196,9 @@ def against_floor(iterations: Sequence[float], floors: Sequence[Mapping[str, flo
 def floor(roles: Roles, ppo: PPOSettings, experience: Experience) -> dict[str, float]:
     """Seconds of the arithmetic that an iteration cannot do without, and no algorithm around it, by phase.
 
-    One generation of as many tokens by the same engine, greedily; a forward pass for the policy, the reference, the
-    reward and, where it has an adapter of its own, the value; forward and backward passes of the update, minibatch by
+    One generation of as many tokens by the same engine, greedily; a forward pass for the policy (of the sequences for
+    which the sampler's log-probabilities did not serve), the reference, the reward and, where it has an adapter of its
+    own, the value; forward and backward passes of the update, minibatch by
     minibatch, since each starts from the weights that the last one left. All sequences are as long as the mean, so
     that nothing is padded.
     """
@@ -220,7 +221,8 @@ def floor(roles: Roles, ppo: PPOSettings, experience: Experience) -> dict[str, f
     most = ppo.microbatch_tokens
 
     def score() -> None:
-        score_logprobs(roles, "policy", episodes, temperature=1.0, max_tokens=most)
+        if passed := episodes[: int(experience.checked_B.sum())]:
+            score_logprobs(roles, "policy", passed, temperature=1.0, max_tokens=most)
         score_logprobs(roles, "reference", episodes, temperature=1.0, max_tokens=most)
         if any(source.function is None for source in ppo.rewards):
             score_rewards(roles, [episode.ids for episode in episodes], max_tokens=most)

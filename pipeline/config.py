@@ -43,7 +43,8 @@ class BaseSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the base computes in. `auto`: bfloat16 where the device has fast arithmetic for it, else float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention kernel; `auto` is transformers' own choice."""
+    """Attention kernel. `auto`: transformers' own choice on GPUs; on CPUs plain products (`eager`), which are faster up
+    to 1,024 tokens a sequence, and its own choice where any stage's sequences may be longer."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template. None keeps the tokenizer's own."""
     cache_dir: str = "~/.cache/trivet"
@@ -540,6 +541,15 @@ class PipelineConfig(Section):
     def gate_judge(self) -> str:
         """Whose win rate `gates.min_win_rate` is about."""
         return self.gates.judge or self.judges[0]
+
+    @property
+    def prefers_plain_attention(self) -> bool:
+        """Whether sequences are so short in all stages that `base.attention: auto` means `eager` on a CPU.
+
+        All stages together, since what one has trained another one scores.
+        """
+        new = max(self.ppo.max_new_tokens, self.evaluation_max_new_tokens)
+        return max(self.sft.max_length, self.reward.max_length, self.ppo.max_prompt_tokens + new) <= 1024
 
     @property
     def evaluation_max_new_tokens(self) -> int:

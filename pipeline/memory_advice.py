@@ -53,7 +53,8 @@ def device_of(config: PipelineConfig, card: Card, strategy: Sharding) -> Device:
         sharding=strategy,
         offload=launch.cpu_offload and strategy == "fsdp",
         reshard=launch.reshard_after_forward,
-        eager=config.base.attention == "eager" or (config.base.attention == "auto" and not card.is_gpu),
+        eager=config.base.attention == "eager"
+        or (config.base.attention == "auto" and not card.is_gpu and config.prefers_plain_attention),
         memory_bytes=card.memory_bytes,
     )
 

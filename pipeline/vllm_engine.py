@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
 import urllib.error
 import urllib.request
@@ -96,7 +97,8 @@ def sample_with_vllm(
         found = backend.respond(
             prompts, parameters, adapter, on_batch or (lambda count: None), on_token or (lambda: None)
         )
-    return [_response(ids, logprobs, sampling, eos) for ids, logprobs in found]
+    size = roles.base.model.get_input_embeddings().num_embeddings
+    return [_response(ids, logprobs, sampling, eos, size) for ids, logprobs in found]
 
 
 def _parameters(sampling: SamplingSettings, eos: int, seed: int) -> dict[str, Any]:
@@ -112,11 +114,14 @@ def _parameters(sampling: SamplingSettings, eos: int, seed: int) -> dict[str, An
     }
 
 
-def _response(ids: Sequence[int], logprobs: Sequence[float], sampling: SamplingSettings, eos: int) -> Response:
+def _response(
+    ids: Sequence[int], logprobs: Sequence[float], sampling: SamplingSettings, eos: int, vocabulary: int
+) -> Response:
     """What vLLM gave, if it is one response.
 
     Raises:
-        BaseModelError: it is none: it goes on after an EOS, is too long or empty, or lacks log-probabilities.
+        BaseModelError: it is none: it goes on after an EOS, is too long or empty, has tokens that the base does not
+            know, or lacks log-probabilities that are finite.
     """
     ends = [place for place, token in enumerate(ids) if token == eos] if not sampling.ignore_eos else []
     problem = None
@@ -124,6 +129,10 @@ def _response(ids: Sequence[int], logprobs: Sequence[float], sampling: SamplingS
         problem = f"a response of {len(ids)} tokens, where 1 to {sampling.max_new_tokens} were asked for"
     elif len(logprobs) != len(ids):
         problem = f"{len(logprobs)} log-probabilities for {len(ids)} tokens"
+    elif not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs):
+        problem = "a log-probability that is no finite number"
+    elif not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
+        problem = f"a token that is none of the base's {vocabulary}"
     elif ends and ends[0] != len(ids) - 1:
         problem = f"a response that goes on after its EOS, token {ends[0] + 1} of {len(ids)}"
     elif not ends and len(ids) < sampling.max_new_tokens:
@@ -233,8 +242,15 @@ class _Server:
 
     def __init__(self, address: str) -> None:
         self._address = address.rstrip("/")
-        models = self._ask("/v1/models", None, seconds=_CONNECT_SECONDS)["data"]
-        self._base = str(next(model["id"] for model in models if model.get("parent") is None))
+        said = self._ask("/v1/models", None, seconds=_CONNECT_SECONDS)
+        try:
+            self._base = str(next(model["id"] for model in said["data"] if model.get("parent") is None))
+        except (TypeError, KeyError, AttributeError, StopIteration):
+            raise ConfigError(
+                "what answers there names no base model as vLLM does",
+                where=f"ppo.rollout.server={self._address}",
+                remedy="Give the address of a vLLM server, such as http://localhost:8000, without a path.",
+            ) from None
 
     def respond(
         self,
@@ -281,10 +297,14 @@ class _Server:
         self, model: str, prompt: Sequence[int], parameters: Mapping[str, Any]
     ) -> tuple[Sequence[int], Sequence[float]]:
         request = {"model": model, "prompt": list(prompt), "logprobs": 0, "return_token_ids": True, **parameters}
-        choice = self._ask("/v1/completions", request)["choices"][0]
-        if not choice.get("token_ids"):
-            raise _failed("the server gives no token ids; it needs vLLM 0.10.2 or newer")
-        return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        said = self._ask("/v1/completions", request)
+        try:
+            choice = said["choices"][0]
+            if not choice.get("token_ids"):
+                raise _failed("the server gives no token ids; it needs vLLM 0.10.2 or newer")
+            return list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
+        except (TypeError, KeyError, IndexError, AttributeError):
+            raise _failed("the server's answer lacks a completion, or its log-probabilities") from None
 
     def _ask(self, path: str, body: Mapping[str, Any] | None, *, seconds: float = _ANSWER_SECONDS) -> Any:
         """The server's answer as JSON; None where it says something else in words.

@@ -185,7 +185,7 @@ def judge(loaded: LoadedConfig, files: Sequence[PairFile], max_length: int = MAX
                 f"no pair has at most {max_length} tokens", where=file.source.path, remedy="Raise --max-length."
             )
         short.append((file, pairs, dropped))
-    roles = Roles(load_base(config.base))
+    roles = Roles(load_base(config.base, plain_attention=config.prefers_plain_attention))
     manifest = roles.add_from("reward", run.stage("reward"))
     roles.set_trainable()
     roles.disable_dropout()

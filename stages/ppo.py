@@ -95,7 +95,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # Adapters: the reference is the SFT adapter, the policy starts as its copy or at the promoted one.
     share_out_to = sharers(world, config.base)
-    base = load_base(config.base, world.device)
+    base = load_base(config.base, world.device, plain_attention=config.prefers_plain_attention)
     base_before = fingerprint(base.model)
     roles = Roles(base, share_out_to=share_out_to)
     sft_digest = roles.add_from("reference", run.stage("sft")).digest

@@ -109,7 +109,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # 3. Adapters
     share_out_to = sharers(World(), config.base)
-    base = load_base(config.base, arguments.device)
+    base = load_base(config.base, arguments.device, plain_attention=config.prefers_plain_attention)
     base_before = fingerprint(base.model)
     sft = run.stage("sft") if config.reward_needs_sft else None
     seed_everything(config.seed, deterministic=config.deterministic)

@@ -86,7 +86,7 @@ def run(loaded: LoadedConfig, run: RunDirectory) -> Manifest:
 
     # 3. Adapters
     share_out_to = sharers(World(), config.base)
-    base = load_base(config.base, arguments.device)
+    base = load_base(config.base, arguments.device, plain_attention=config.prefers_plain_attention)
     base_before = fingerprint(base.model)
     seed_everything(config.seed, deterministic=config.deterministic)
     roles = Roles(base, share_out_to=share_out_to)

@@ -186,7 +186,9 @@ def server(folder: Path, *, updates: bool = True, fault: str | None = None) -> I
 
     Args:
         updates: whether it was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING.
-        fault: `no ids` for a server too old to give token ids, `short` for responses without their last token.
+        fault: `no ids` for a server too old to give token ids, `short` for responses without their last token, `nan`
+            and `beyond` for a log-probability and a token that are none, `no logprobs`, `no choice`, `words` for a
+            server that is another program, `no base` for one that has adapters alone.
     """
     sampler, lock = Sampler(str(folder), "processed_logprobs"), threading.Lock()
 
@@ -203,8 +205,12 @@ def server(folder: Path, *, updates: bool = True, fault: str | None = None) -> I
 
         def do_GET(self) -> None:
             assert self.path == "/v1/models"
+            if fault == "words":
+                self._say(200, "Hello.")
+                return
             adapters = [{"id": name, "object": "model", "parent": "base"} for name in sampler.adapters]
-            self._say(200, {"object": "list", "data": [{"id": "base", "object": "model", "parent": None}, *adapters]})
+            base = [] if fault == "no base" else [{"id": "base", "object": "model", "parent": None}]
+            self._say(200, {"object": "list", "data": [*base, *adapters]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -227,17 +233,22 @@ def server(folder: Path, *, updates: bool = True, fault: str | None = None) -> I
             ids, logprobs = sampler.respond(prompt, given, None if name == "base" else name)
             if fault == "short":
                 ids, logprobs = ids[:-1], logprobs[:-1]
+            if fault == "nan":
+                logprobs = [*logprobs[:-1], float("nan")]
+            if fault == "beyond":
+                ids = [10_000_000, *ids[1:]]
             choice: dict[str, Any] = {
                 "index": 0,
                 "text": "",
                 "logprobs": None
-                if given.logprobs is None
+                if given.logprobs is None or fault == "no logprobs"
                 else {"token_logprobs": logprobs, "tokens": [], "top_logprobs": []},
                 "finish_reason": "stop" if ids and ids[-1] in given.stop_token_ids else "length",
             }
             if return_ids and fault != "no ids":
                 choice |= {"token_ids": ids, "prompt_token_ids": prompt}
-            return {"id": "cmpl-1", "object": "text_completion", "model": name, "choices": [choice]}
+            choices = [] if fault == "no choice" else [choice]
+            return {"id": "cmpl-1", "object": "text_completion", "model": name, "choices": choices}
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)

@@ -23,7 +23,7 @@ from pipeline.base_files import load_tokenizer
 from pipeline.base_model import compute_dtype, fingerprint, load_base, require_agreed_dtype
 from pipeline.base_source import locate
 from pipeline.chat import ChatFormat
-from pipeline.config import BaseSettings
+from pipeline.config import BaseSettings, PipelineConfig
 from pipeline.errors import BaseModelError, ConfigError
 from pipeline.records import Message
 
@@ -473,6 +473,23 @@ def test_what_a_base_is_quantized_from_and_how_makes_another_copy(tmp_path, kept
 
 
 DIFFERENT: list[dict[str, str]] = [{}, {"dtype": "bfloat16"}, {"double_quantization": "false"}]
+
+
+def test_attention_on_a_cpu_is_plain_where_sequences_are_short(tmp_path):
+    settings = loaded_tiny_base(tmp_path) and BaseSettings(model=str(tmp_path / "llama-base"), dtype="float32")
+    kinds = [
+        load_base(settings, "cpu", plain_attention=plain).model.config._attn_implementation for plain in (True, False)
+    ]
+    assert kinds == ["eager", "sdpa"]
+    short = PipelineConfig.model_validate({"run_dir": "x", "base": {"model": "b"}})
+    assert short.prefers_plain_attention
+    for section in (
+        {"sft": {"max_length": 1025}},
+        {"reward": {"max_length": 2048}},
+        {"ppo": {"max_prompt_tokens": 1000}},
+    ):
+        longer = PipelineConfig.model_validate({"run_dir": "x", "base": {"model": "b"}} | section)
+        assert not longer.prefers_plain_attention
 
 
 @pytest.mark.parametrize("damage", ["torn", "one byte", "no digests"])

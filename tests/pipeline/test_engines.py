@@ -313,6 +313,12 @@ def test_options_of_vllm_go_there_and_ours_stay_ours(tmp_path, vllm):
         ({"updates": False}, ConfigError, r"load_lora_adapter with 404[\s\S]*VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         ({"fault": "no ids"}, BaseModelError, "no token ids"),
         ({"fault": "short"}, BaseModelError, "without an EOS"),
+        ({"fault": "nan"}, BaseModelError, "a log-probability that is no finite number"),
+        ({"fault": "beyond"}, BaseModelError, "a token that is none of the base's"),
+        ({"fault": "no logprobs"}, BaseModelError, "lacks a completion, or its log-probabilities"),
+        ({"fault": "no choice"}, BaseModelError, "lacks a completion, or its log-probabilities"),
+        ({"fault": "words"}, ConfigError, "names no base model as vLLM does"),
+        ({"fault": "no base"}, ConfigError, "names no base model as vLLM does"),
     ],
 )
 def test_a_server_that_does_otherwise_is_refused(tmp_path, options, error, said):
