@@ -24,6 +24,7 @@ OF_PPO = (
     *("policy/clip_fraction", "policy/approx_kl", "policy/gradient_norm", "value/loss", "value/gradient_norm"),
 )
 """What is kept of a line of metrics."""
+ADAPTIVE = {"controller": "adaptive", "coefficient": 0.1, "target": 0.5, "horizon": 50}
 
 
 def curve(folder: Path) -> dict[str, list[dict[str, float]]]:
@@ -31,7 +32,7 @@ def curve(folder: Path) -> dict[str, list[dict[str, float]]]:
     training = {"batch_size": 8, "microbatch_size": 4, "max_length": 64, "log_every": 1, "learning_rate": 0.01}
     trainer = training | {"max_steps": 5, "epochs": 1}
     rounds: dict[str, Any] = {"iterations": 3, "prompts_per_iteration": 8, "minibatch_size": 4, "epochs": 2}
-    rounds |= {"max_new_tokens": 12, "learning_rate": 3e-3, "kl": {"controller": "adaptive", "coefficient": 0.1}}
+    rounds |= {"max_new_tokens": 12, "learning_rate": 3e-3, "kl": ADAPTIVE}
     found = {}
     for critic in ("adapter", "head"):
         loaded = tiny_config(

@@ -225,8 +225,8 @@ TABLE = (
     Mutation(
         "values that an engine did not read are missed",
         "stages/experience.py",
-        "if ppo.rollout.reuse_logprobs and has_all else 0",
-        "if ppo.rollout.reuse_logprobs else 0",
+        "if not (ppo.rollout.reuse_logprobs and has_all):",
+        "if not ppo.rollout.reuse_logprobs:",
         (f"{ENGINES}::test_a_round_with_vllm_computes_what_vllm_does_not_say",),
     ),
     Mutation(
@@ -634,13 +634,6 @@ TABLE = (
         (f"{WHOLE}::test_an_order_by_length_comes_again_for_its_epoch_whatever_else_was_drawn",),
     ),
     Mutation(
-        "held-out rows count no more than the gaps before them",
-        "stages/trl_trainer.py",
-        '                stack.callback(setattr, self, "_counts", True)\n',
-        "",
-        (f"{SFT}::test_an_evaluation_by_trl_after_an_epochs_last_batch_is_of_the_held_out_rows",),
-    ),
-    Mutation(
         "pairs of a smaller microbatch count for more",
         "stages/trl_trainer.py",
         "self.current_gradient_accumulation_steps = accumulated / (weight * share)",
@@ -702,8 +695,8 @@ TABLE = (
     Mutation(
         "the plan promises another optimizer than PPO's",
         "pipeline/memory_plan.py",
-        "self.static(adapters, trainable, ppo.optimizer, gradients=1)",
-        'self.static(adapters, trainable, "adamw", gradients=1)',
+        'self.static("ppo", adapters, trainable, ppo.optimizer, gradients=1)',
+        'self.static("ppo", adapters, trainable, "adamw", gradients=1)',
         ("tests/pipeline/test_memory_plan.py::test_ppo_keeps_the_moments_that_its_optimizer_keeps",),
     ),
     Mutation(
