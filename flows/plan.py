@@ -78,6 +78,7 @@ def as_json(shape: ModelShape, card: Card, verdict: Verdict) -> dict[str, Any]:
                 "parts": plan.parts,
                 "at": plan.peak_moment.name,
                 "moments": {moment.name: plan.at(moment) for moment in (plan.loading_moment, plan.working_moment)},
+                "activations": dict(plan.activations),
                 "tensor_bytes": plan.tensor_bytes,
                 "device_bytes": device_bytes(plan, is_gpu=card.is_gpu),
                 "host_bytes": plan.host_bytes,
@@ -92,7 +93,8 @@ def as_json(shape: ModelShape, card: Card, verdict: Verdict) -> dict[str, Any]:
 def plan_lines(shape: ModelShape, card: Card, verdict: Verdict) -> Iterator[str]:
     """The plan for people: a table of parts by stage, the verdict, and the way out.
 
-    The parts are those of the largest moment after loading: while it loads, a stage has nothing but its base.
+    The parts are those of the largest moment after loading: while it loads, a stage has nothing but its base. Below the
+    sums stand the activations with gradient checkpointing and without, whichever is set.
     """
     place = "GPU" if card.is_gpu else "process"
     yield f"{shape.name}: {shape.parameters / 1e9:.2f}e9 parameters; {verdict.strategy}, because {verdict.reason}."
@@ -112,6 +114,8 @@ def plan_lines(shape: ModelShape, card: Card, verdict: Verdict) -> Iterator[str]
     yield _row("needed", width, [device_bytes(plan, is_gpu=card.is_gpu) for plan in plans.values()])
     if any(plan.host_bytes for plan in plans.values()):
         yield _row("main memory (offloaded)", width, [plan.host_bytes for plan in plans.values()])
+    for name, words in (("recomputed", "activations, recomputed"), ("kept", "activations, all kept")):
+        yield _row(words, width, [plan.activations.get(name, 0) for plan in plans.values()])
     yield ""
     for stage, plan in plans.items():
         at_work = plan.working_moment.name

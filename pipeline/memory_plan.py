@@ -223,13 +223,15 @@ class StagePlan:
     """A stage's memory on one device.
 
     `static` is there for as long as the stage works, `moments` come and go; the largest one decides the peak.
-    `host_bytes` is main memory that offloaded parts take, a process.
+    `host_bytes` is main memory that offloaded parts take, a process. `activations` are those of a forward and backward
+    pass with gradient checkpointing ("recomputed") and without ("kept"), whichever is set; empty where nothing learns.
     """
 
     stage: StageName
     static: Mapping[str, int]
     moments: tuple[Moment, ...]
     host_bytes: int = 0
+    activations: Mapping[str, int] = field(default_factory=dict)
 
     def at(self, moment: Moment) -> dict[str, int]:
         """Everything that is alive at a moment, by part."""
@@ -439,6 +441,15 @@ class _Reckoning:
         parts = {"activations": kept + states + (0 if top == chunk else top), "logits": chunk if top == chunk else 0}
         return Moment(name, {key: size for key, size in parts.items() if size})
 
+    def both_ways(self, sequences: int, length: int, *, logits: int, trl: bool = False) -> dict[str, int]:
+        """Activations of a forward and backward pass, recomputed and kept; arguments as for `training`."""
+        return {
+            name: self.training(name, sequences, length, checkpointing=recomputed, logits=logits, trl=trl).parts[
+                "activations"
+            ]
+            for name, recomputed in (("recomputed", True), ("kept", False))
+        }
+
     def merged_copy(self) -> int:
         """The copy of the base in its arithmetic that `ppo.rollout.weights` samples from, b P; 0 where it does not."""
         weights, shape = self.config.ppo.rollout.weights, self.shape
@@ -502,6 +513,7 @@ class _Reckoning:
         if stage == "sft":
             # Packed rows come in sequences of max_length as well, so many at once.
             logits = rows * length
+            activations = self.both_ways(rows, length, logits=logits, trl=self.device.is_gpu)
             moments += [
                 self.training(
                     "forward and backward",
@@ -516,6 +528,7 @@ class _Reckoning:
         else:
             prompt, new = config.ppo.max_prompt_tokens, config.ppo.max_new_tokens
             batch = min(config.ppo.rollout.batch_size, config.reward.calibration_prompts)
+            activations = self.both_ways(2 * rows, length, logits=0)
             moments += [
                 self.training(
                     "forward and backward",
@@ -534,6 +547,7 @@ class _Reckoning:
             self.static(stage, adapters, trainable, optimizer, gradients=gradients),
             tuple(moments),
             self.host,
+            activations,
         )
 
     def ppo(self) -> StagePlan:
@@ -566,6 +580,7 @@ class _Reckoning:
             self.static("ppo", adapters, trainable, ppo.optimizer, gradients=1),
             moments,
             self.host,
+            self.both_ways(trained, length, logits=trained * new),
         )
 
     def evaluation(self) -> StagePlan:

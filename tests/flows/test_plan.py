@@ -37,6 +37,24 @@ def test_a_config_fits_the_card_that_it_names(name: str) -> None:
         assert stage["device_bytes"] <= plan["card"]["memory_bytes"]
 
 
+def test_activations_are_given_with_checkpointing_and_without() -> None:
+    config = ROOT / "configs/one_gpu_8b.yaml"
+    found = {}
+    for on in (True, False):
+        switches = [f"{stage}.gradient_checkpointing={str(on).lower()}" for stage in ("sft", "reward", "ppo")]
+        found[on] = json.loads(trivet("plan", config, *switches, "--json").stdout)["stages"]
+    for stage in ("sft", "reward", "ppo"):
+        both = found[True][stage]["activations"]
+        assert both == found[False][stage]["activations"] and both["kept"] > 5 * both["recomputed"] > 0
+        assert found[False][stage]["parts"]["activations"] == both["kept"]
+    assert found[True]["evaluate"]["activations"] == {}
+    table = trivet("plan", config).stdout
+    for row, name in (("activations, recomputed", "recomputed"), ("activations, all kept", "kept")):
+        sizes = [found[True][stage]["activations"][name] / 2**30 for stage in ("sft", "reward", "ppo")]
+        (line,) = [line for line in table.splitlines() if line.startswith(row)]
+        assert line.split()[-3:] == [f"{size:.2f}" for size in sizes]
+
+
 def test_what_does_not_fit_comes_with_the_way_out() -> None:
     result = trivet("plan", ROOT / "configs/one_gpu_70b.yaml", "--card", "RTX 4090")
     assert result.exit_code == 0
