@@ -20,12 +20,8 @@ from flows.curves import Points, draw
 
 SCRIPT = Path(__file__).with_name("ppo_iteration.py")
 BATCH, LENGTH = 16, 48
-ROLES = {
-    "policy, reference, and a function as the reward": ("head", "function"),
-    "and a reward adapter": ("head", "adapter"),
-    "and a value adapter": ("adapter", "adapter"),
-}
-"""Critic and reward of each: one adapter more than the one before."""
+ROLES = {2: ("head", "function"), 3: ("head", "adapter"), 4: ("adapter", "adapter")}
+"""Adapters on the base -> critic and reward: policy and reference, then a reward adapter, then a value adapter."""
 
 
 def point(prompts: int, new_tokens: int, critic: str = "head", reward: str = "adapter") -> dict[str, Any]:
@@ -47,12 +43,13 @@ def point(prompts: int, new_tokens: int, critic: str = "head", reward: str = "ad
 
 
 def curves(found: dict[str, Any]) -> dict[str, Points]:
-    """Seconds and memory against batch and length."""
+    """Seconds and memory against batch, length and roles."""
     return {
         f"{title}, by {what}": [(float(row[axis]), float(row[figure])) for row in found[key]]
         for key, axis, what in (
             ("batch", "prompts", "responses a round"),
             ("length", "new_tokens", "new tokens a response"),
+            ("roles", "adapters", "adapters on the base"),
         )
         for title, figure in (("seconds", "seconds"), ("peak MB", "peak_memory_mb"))
     }
@@ -69,7 +66,7 @@ def main() -> None:
     found = {
         "batch": [point(int(batch), LENGTH) for batch in arguments.batches.split(",")],
         "length": [point(BATCH, int(length)) for length in arguments.lengths.split(",")],
-        "roles": {name: point(BATCH, LENGTH, *settings) for name, settings in ROLES.items()},
+        "roles": [{"adapters": count} | point(BATCH, LENGTH, *settings) for count, settings in ROLES.items()],
     }
     text = json.dumps(found, indent=2)
     if arguments.output:
