@@ -151,6 +151,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             raise Interrupted
         inputs = dict(inputs)
         examples = inputs.pop(EXAMPLES)
+        if not examples and self.shards is None:  # a base in shares takes all processes, whatever they have to do
+            model.train()  # by which figures of the training are told from those of an evaluation
+            return self._end_microbatch(model, torch.zeros((), device=self.args.device))
         replicated = isinstance(model, DistributedDataParallel)
         learning = list(self.learning().values())
         gradients = [parameter.grad for parameter in learning]
@@ -172,30 +175,30 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 losses.append(training_step(model, part, num_items_in_batch))
             return torch.stack(losses).sum()
 
-        if examples or self.shards is not None:  # a base in shares takes all processes, whatever they have to do
-            with ExitStack() as stack:
-                stack.callback(setattr, self, "current_gradient_accumulation_steps", accumulated)
-                stack.callback(setattr, self, "_counts", True)
-                self._counts = bool(examples)
-                if replicated:
-                    stack.enter_context(cast(DistributedDataParallel, model).no_sync())
-                    stack.enter_context(_without_gathering(self.accelerator))
-                if replicated or self.world.size == 1:
-                    whole, remedy = self.rows(inputs), self._less_memory(inputs)
-                    loss = self._budget.fit(attempt, smallest=1, whole=whole, remedy=remedy)
-                else:
-                    loss = attempt(self._budget.size)
-            for parameter, gradient in zip(learning, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
-        else:
-            model.train()  # by which figures of the training are told from those of an evaluation
-            loss = torch.zeros((), device=self.args.device)
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "current_gradient_accumulation_steps", accumulated)
+            stack.callback(setattr, self, "_counts", True)
+            self._counts = bool(examples)
+            if replicated:
+                stack.enter_context(cast(DistributedDataParallel, model).no_sync())
+                stack.enter_context(_without_gathering(self.accelerator))
+            if replicated or self.world.size == 1:
+                loss = self._budget.fit(attempt, smallest=1, whole=self.rows(inputs), remedy=self._less_memory(inputs))
+            else:
+                loss = attempt(self._budget.size)
+        for parameter, gradient in zip(learning, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         if not examples:
             self._restore_figures(figures)
+        return self._end_microbatch(model, loss)
+
+    def _end_microbatch(self, model: nn.Module, loss: Tensor) -> Tensor:
+        """Keep the loss; after the step's last microbatch, bring the processes' gradients together and check both."""
         self._losses.append(loss)
         if self.accelerator.sync_gradients:
-            if replicated:
+            learning = list(self.learning().values())
+            if isinstance(model, DistributedDataParallel):
                 self.world.sum_gradients(learning)
                 for parameter in learning:
                     cast(Tensor, parameter.grad).div_(self.world.size)

@@ -538,8 +538,8 @@ TABLE = (
     Mutation(
         "sharding: the trainer leaves each process's gradient to itself",
         "stages/trl_trainer.py",
-        "            if replicated:\n                self.world.sum_gradients(learning)",
-        "            if replicated:\n                pass",
+        "                self.world.sum_gradients(learning)",
+        "                pass",
         (f"{SHARDED}::test_two_processes_train_the_adapter_that_one_trains",),
     ),
     Mutation(

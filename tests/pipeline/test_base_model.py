@@ -476,10 +476,8 @@ DIFFERENT: list[dict[str, str]] = [{}, {"dtype": "bfloat16"}, {"double_quantizat
 
 
 def test_attention_on_a_cpu_is_plain_where_sequences_are_short(tmp_path):
-    settings = loaded_tiny_base(tmp_path) and BaseSettings(model=str(tmp_path / "llama-base"), dtype="float32")
-    kinds = [
-        load_base(settings, "cpu", plain_attention=plain).model.config._attn_implementation for plain in (True, False)
-    ]
+    base = settings(tiny_base(tmp_path / "llama-base"))
+    kinds = [load_base(base, "cpu", plain_attention=plain).model.config._attn_implementation for plain in (True, False)]
     assert kinds == ["eager", "sdpa"]
     short = PipelineConfig.model_validate({"run_dir": "x", "base": {"model": "b"}})
     assert short.prefers_plain_attention

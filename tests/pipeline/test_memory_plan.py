@@ -322,8 +322,7 @@ def test_on_a_cpu_the_first_stage_alone_maps_the_file_that_it_quantizes() -> Non
     layers = PUBLIC_SHAPES["meta-llama/Llama-3.1-8B"].linear_parameters
     assert found["sft"].static["mapped file"] == 2 * layers
     assert not any("mapped file" in found[stage].static for stage in ("reward", "ppo", "evaluate"))
-    whole = sum(found["ppo"].at(found["ppo"].loading_moment).values())
-    assert whole == sum(found["ppo"].static[part] for part in found["ppo"].at(found["ppo"].loading_moment))
+    assert "mapped file" not in found["ppo"].at(found["ppo"].loading_moment)
     for plan in plans(config(base={"model": "b", "quantization": "none"}), **on_cpu).values():
         assert "mapped file" not in plan.static and plan.static["weights"] == 2 * layers
 
