@@ -3,8 +3,8 @@
 Writes `benchmarks/results/latest.json` and prints it: an iteration of PPO with a head as the critic at the top, with an
 adapter under `adapter_critic`, what Prefect adds under `prefect`, planned and measured memory under `memory`. With
 `--peers` other trainers on the same workload are under `peers`, each with trivet's samples a second and peak memory as
-ratios to its own: at the same precision and threads, with a head as the critic. Where `--only` leaves something out, the
-rest goes to `part.json` beside it.
+ratios to its own: at the same precision and threads, with a head as the critic. Where `--only` leaves something out,
+the rest goes to `part.json` beside it.
 
     python benchmarks/bench.py [--only iteration,adapter,memory,prefect] [--peers]
 """
